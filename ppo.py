@@ -1,0 +1,651 @@
+# SPDX-License-Identifier: MIT
+"""Proximal Policy Optimization (PPO): many small steps on each batch, none of which leads far.
+
+The policy gradient may use a batch only once, since each step changes the policy that the batch
+came from. PPO uses it for several epochs: it weighs every action by the ratio of its probabilities
+under the new and the old policy, and clips the ratio so that moving it far from 1 gains nothing.
+
+(1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
+     advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
+(2)  returns = advantages + V(obs)
+(3)  ratio = pi(actions | obs) / pi_old(actions | obs)
+(4)  policy_loss = -E[min(ratio * advantages, clip(ratio, 1 - clip_coef, 1 + clip_coef) * advantages)]
+(5)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2] / 2 - ent_coef * E[entropy(pi)]
+
+    repeat
+        collect num_steps transitions from each of num_envs environments with pi
+        estimate their advantages (1) and returns (2)
+        for each of update_epochs epochs, for each of num_minibatches random parts of the batch
+            take one Adam step down the gradient of the loss (5)
+
+Schulman et al. 2017, arXiv:1707.06347; (1) is GAE, arXiv:1506.02438. From studies of what matters
+in practice (arXiv:2005.12729, arXiv:2006.05990) come the orthogonal initialisation, the annealed
+step size and the running normalisation. A time limit is no end here, unlike in many versions of
+PPO: the value of the state that it cut off stands in for the rest. `python ppo.py --help`
+"""
+import argparse, collections, contextlib, datetime, fnmatch, functools, json, math, os, pathlib, random
+import re, signal, sys, time, traceback, typing
+from dataclasses import asdict, dataclass, field, fields
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import nn
+from torch.distributions import Categorical, Independent, Normal
+
+# ============================================================================== Hyperparameters
+
+
+def arg(default, help, low=None, high=math.inf):
+    limits = None if low is None else (low, high)
+    return field(default=default, metadata=dict(help=help, limits=limits))
+
+
+@dataclass
+class Args:
+    # The run: the same in every script.
+    env: str = arg("CartPole-v1", "environment id; module:Id imports the module first")
+    total_timesteps: int = arg(1_000_000, "steps over all environments and processes", 1)
+    num_envs: int = arg(8, "parallel environments in each process", 1)
+    seed: int = arg(1, "seed of the networks, the environments and every draw", 0)
+    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
+    threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
+    run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
+    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run", 0)
+    # The algorithm.
+    num_steps: int = arg(256, "steps of each environment in a batch", 1)
+    num_minibatches: int = arg(32, "parts that an epoch splits the batch into", 1)
+    update_epochs: int = arg(10, "passes over each batch", 1)
+    learning_rate: float = arg(3e-4, "Adam's step size", 0)
+    gamma: float = arg(0.99, "discount factor", 0, 1)
+    gae_lambda: float = arg(0.95, "lambda of (1): 0 trusts V, 1 trusts the rewards", 0, 1)
+    recompute_advantages: bool = arg(False, "estimate (1) and (2) anew before every epoch")
+    norm_advantages: bool = arg(True, "give each minibatch's advantages mean 0 and deviation 1")
+    clip_coef: float = arg(0.2, "how far from 1 the ratio is worth moving", 0)
+    anneal: bool = arg(True, "lower learning_rate and clip_coef linearly to 0")
+    clip_values: bool = arg(False, "clip the change of V by clip_coef too")
+    ent_coef: float = arg(0.0, "weight of the entropy bonus", 0)
+    vf_coef: float = arg(0.5, "weight of the value loss", 0)
+    max_grad_norm: float = arg(0.5, "longer gradients are scaled down to this norm", 0)
+    target_kl: float = arg(0.0, "leave a batch when KL(old || new) exceeds this; 0 is never", 0)
+    hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
+    norm_obs: bool = arg(True, "standardise vector observations by running statistics")
+    norm_returns: bool = arg(True, "scale the critic by the running deviation of the returns")
+
+    def __init__(self, **given):
+        """What is given beats the environment's preset, which beats the default."""
+        defaults = {f.name: f.default for f in fields(self)}
+        vars(self).update(defaults | preset(given.get("env", self.env)) | given)
+        check(self)
+
+
+MUJOCO = dict(vf_coef=0.25, recompute_advantages=True, norm_advantages=False)
+PRESETS = {  # settings known to work; a key may be a pattern
+    "CartPole-v1": dict(total_timesteps=100_000, num_steps=32, num_minibatches=1, update_epochs=20,
+                        learning_rate=1e-3, gamma=0.98, gae_lambda=0.8,
+                        norm_obs=False, norm_returns=False),
+    "Acrobot-v1": dict(total_timesteps=300_000, num_minibatches=16, ent_coef=0.01),
+    "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.9, learning_rate=1e-3),
+    "MountainCar-v0": dict(num_envs=16, num_steps=16, num_minibatches=4, update_epochs=4,
+                           gae_lambda=0.98),
+    "LunarLander-v3": dict(num_envs=16, num_steps=1024, num_minibatches=256, update_epochs=4,
+                           gamma=0.999, gae_lambda=0.98, ent_coef=0.01),
+    "HalfCheetah-v5": MUJOCO, "Hopper-v5": MUJOCO,
+    "ALE/*": dict(total_timesteps=10_000_000, num_steps=128, num_minibatches=4, update_epochs=4,
+                  learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01),
+}
+ACTION_SPACES = ("Discrete", "Box")
+
+# ===================================================================================== Networks
+
+
+class RunningNorm(nn.Module):
+    """Standardises (B, *shape) by the mean and variance of everything that `update` was given."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, x):
+        delta = x - self.mean  # moments about the old mean lose no digits
+        first, second = delta.mean(0), delta.square().mean(0)
+        average(first, second)
+        self.count += len(x)
+        weight = len(x) / self.count
+        self.mean += weight * first
+        self.var.lerp_(second, weight).sub_((weight * first).square())
+
+    def forward(self, x):
+        return ((x - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+
+
+class NatureCNN(nn.Sequential):
+    """Images (B, C, H, W) of bytes to features (B, 512), as in Mnih et al. 2015."""
+
+    def __init__(self, shape):
+        super().__init__(nn.Conv2d(shape[0], 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(),
+                         nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten())
+        self.extend([nn.Linear(self(torch.zeros(1, *shape)).shape[1], 512), nn.ReLU()])
+
+    def forward(self, images):
+        return super().forward(images / 255)
+
+
+def mlp(*sizes):
+    layers = [layer for n, m in zip(sizes, sizes[1:]) for layer in (nn.Linear(n, m), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Agent(nn.Module):
+    """The policy pi and its value V: an actor and a critic on the same features."""
+
+    def __init__(self, obs_space, action_space, args):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        outputs = int(action_space.n if self.discrete else np.prod(action_space.shape))
+        if len(obs_space.shape) == 3:
+            self.encoder, sizes = NatureCNN(obs_space.shape), [512]
+        else:
+            self.encoder = RunningNorm(obs_space.shape) if args.norm_obs else nn.Identity()
+            sizes = [obs_space.shape[0], args.hidden_size, args.hidden_size]
+        self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.orthogonal_(module.weight, math.sqrt(2))
+                nn.init.zeros_(module.bias)
+        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # start with all actions alike
+        nn.init.orthogonal_(self.critic[-1].weight, 1)
+        self.return_norm = RunningNorm(())
+        if not self.discrete:  # [-1, 1] of the actor is stretched over finite bounds
+            low, high = torch.tensor(np.array([action_space.low, action_space.high])).flatten(1)
+            bounded = (high - low).isfinite()
+            self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
+            self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0))
+            self.log_std = nn.Parameter(torch.zeros(outputs))
+
+    def policy(self, features):
+        """Features (B, n) to the distribution pi of actions, (B,) or (B, action_dim)."""
+        outputs = self.actor(features)
+        if self.discrete:
+            return Categorical(logits=outputs, validate_args=False)
+        mean, std = self.center + self.scale * outputs, self.scale * self.log_std.exp()
+        return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False)
+
+    def value(self, features):
+        """Features (B, n) to V (B,), in units of reward."""
+        return self.critic(features).squeeze(-1) * self.return_norm.var.sqrt()
+
+    @torch.inference_mode()
+    def act(self, obs, deterministic=False):
+        """Observations (B, *obs_shape) to actions drawn from pi, or to its mode."""
+        pi = self.policy(self.encoder(obs))
+        if deterministic:
+            return pi.mode
+        if self.discrete:  # Gumbel-max: draws as pi.sample() does, which makes a GPU wait
+            return (pi.logits - torch.empty_like(pi.logits).exponential_().log()).argmax(-1)
+        return pi.sample()
+
+
+# ==================================================================================== Algorithm
+
+
+def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Advantages (1) and returns (2); everything is (T, N).
+
+    Nothing follows a termination; the sum over time stops wherever an episode does."""
+    deltas = rewards + gamma * (1 - terminations) * next_values - values
+    decay = gamma * gae_lambda * (1 - dones)
+    advantages, advantage = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decay[t] * advantage
+    return advantages, advantages + values
+
+
+def clipped_surrogate(ratio, advantages, clip_coef):
+    """The policy loss (4) of ratios and advantages (B,)."""
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean()
+
+
+def explained_variance(values, returns):
+    """1 where V foretells every return, 0 where a constant would do as well."""
+    return 1 - (returns - values).var() / returns.var()
+
+
+def train(args, resume=""):
+    """Train, from the start or on from the run folder `resume`; return the agent and its history."""
+    device = setup(args)
+    envs = Envs(args.env, args.num_envs, device)
+    agent = Agent(envs.obs_space, envs.action_space, args).to(device)
+    learning_rate, clip_coef = torch.tensor([args.learning_rate, args.clip_coef], device=device)
+    optimizer = torch.optim.Adam(agent.parameters(), learning_rate, eps=1e-5, fused=True,
+                                 capturable=device.type == "cuda")
+    run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
+
+    @torch.no_grad()
+    def estimate(obs, next_obs, rewards, terminations, dones):
+        """V, advantages (1) and returns (2) of a batch, stacked (3, B)."""
+        values, next_values = (agent.value(agent.encoder(x)).view_as(rewards) for x in (obs, next_obs))
+        return torch.stack([values, *compute_gae(rewards, values, next_values, terminations, dones,
+                                                 args.gamma, args.gae_lambda)]).flatten(1)
+
+    def update(obs, actions, old_log_probs, old_values, advantages, returns):
+        """Take one Adam step on a minibatch (B, ...); return its statistics."""
+        features = agent.encoder(obs)
+        pi, values = agent.policy(features), agent.value(features)
+        log_ratio = pi.log_prob(actions) - old_log_probs
+        ratio = log_ratio.exp()                                                             # (3)
+        if args.norm_advantages:  # a lone advantage becomes 0, not NaN
+            advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+        policy_loss = clipped_surrogate(ratio, advantages, clip_coef)                       # (4)
+        errors = (values - returns).square()
+        if args.clip_values:
+            limit = clip_coef * agent.return_norm.var.sqrt()
+            clipped = old_values + (values - old_values).clamp(-limit, limit)
+            errors = torch.max(errors, (clipped - returns).square())
+        value_loss = errors.mean() / 2 / agent.return_norm.var
+        entropy = pi.entropy().mean()
+        loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy            # (5)
+        optimizer.zero_grad()
+        loss.backward()
+        average(*(parameter.grad for parameter in agent.parameters()))
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        optimizer.step()
+        kl = (ratio - 1 - log_ratio).mean()  # estimates KL(old || new) and is never negative
+        clip_fraction = ((ratio - 1).abs() > clip_coef).float().mean()
+        statistics = torch.stack([kl, clip_fraction, entropy, policy_loss, value_loss]).detach()
+        average(statistics)
+        return statistics
+
+    act, estimate, update = (capture(f, device) for f in (agent.act, estimate, update))
+    while run.step < args.total_timesteps:
+        run.checkpoint()
+        remaining = 1 - run.step / args.total_timesteps if args.anneal else 1
+        optimizer.param_groups[0]["lr"].fill_(args.learning_rate * remaining)
+        clip_coef.fill_(args.clip_coef * remaining)
+
+        rollout = []
+        for _ in range(args.num_steps):
+            obs, actions = envs.obs, act(envs.obs)
+            rollout.append((obs, actions, *envs.step(actions)))
+        obs, actions, next_obs, *outcomes = map(torch.stack, zip(*rollout))  # each (T, N, ...)
+        obs, actions, next_obs = (x.flatten(0, 1) for x in (obs, actions, next_obs))
+        run.step += len(obs) * WORLD_SIZE
+        with torch.no_grad():
+            old_log_probs = agent.policy(agent.encoder(obs)).log_prob(actions)
+
+        statistics = []
+        for epoch in range(args.update_epochs):
+            if epoch == 0 or args.recompute_advantages:
+                values, advantages, returns = estimate(obs, next_obs, *outcomes)
+            if epoch == 0 and args.norm_returns:
+                agent.return_norm.update(returns)
+            batch = obs, actions, old_log_probs, values, advantages, returns
+            for indices in torch.randperm(len(obs), device=device).tensor_split(args.num_minibatches):
+                statistics.append(update(*(x[indices] for x in batch)))
+                if too_far := args.target_kl and statistics[-1][0] > args.target_kl:
+                    break
+            if too_far:
+                break
+        if isinstance(agent.encoder, RunningNorm):  # not earlier: (3) compares equal statistics
+            agent.encoder.update(obs)
+        names = "approx_kl", "clip_fraction", "entropy", "policy_loss", "value_loss"
+        run.log(**dict(zip(names, torch.stack(statistics).mean(0))), 
+                explained_variance=explained_variance(values, returns))
+    run.finish()
+    return agent, run.history
+
+
+# ===================================================================================== Plumbing
+# The same text in all nine scripts: processes, environments, run folder and command line.
+
+NAME = pathlib.Path(__file__).stem
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+SCRIPTS = {"Discrete": "reinforce, a2c, ppo, trpo, dqn, cem_es, mbrl_mpc",
+           "Box": "reinforce, a2c, ppo, trpo, ddpg, naf, cem_es, mbrl_mpc"}
+
+
+class UserError(ValueError):
+    """Something the user can put right: one line on the command line, exit code 2."""
+
+
+@contextlib.contextmanager
+def blame(what):
+    """Make a UserError that begins with `what` of any exception in this block."""
+    try:
+        yield
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"{what}: {why} ({os.path.basename(at.filename)}:{at.lineno})") from error
+
+
+def preset(env):
+    return next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(env, key)), {})
+
+
+def check(args):
+    """Refuse settings that there are none of, and values out of range."""
+    known = {f.name: f for f in fields(args)}
+    for name, value in vars(args).items():
+        if name not in known:
+            raise UserError(f"there is no setting {name}")
+        limits, choices = known[name].metadata["limits"], typing.get_args(known[name].type)
+        if choices and value not in choices or limits and not limits[0] <= value <= limits[1]:
+            raise UserError(f"{name} is {value}, outside {choices or limits}")
+
+
+def seed_all(*key):
+    """Seed every generator with a number drawn from the key; return it for the environments."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    return seed
+
+
+def setup(args):
+    """Take the device, join the other processes, and seed the networks, alike in all of them."""
+    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    with blame(f"device {name} cannot be used"):
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # graphs cannot warm up on the default one
+    torch.set_num_threads(args.threads)
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    seed_all(0, args.seed)
+    return device
+
+
+def average(*tensors):
+    """Average tensors over the processes, in place and in one message; alone, do nothing."""
+    if WORLD_SIZE > 1:
+        flat = torch.cat([x.flatten() for x in tensors])
+        torch.distributed.all_reduce(flat)
+        for x, mean in zip(tensors, (flat / WORLD_SIZE).split([x.numel() for x in tensors])):
+            x.copy_(mean.view_as(x))
+
+
+def capture(function, device):
+    """Replay `function` (tensors to a tensor) as CUDA graphs, one for each set of shapes.
+
+    Three calls warm up, the fourth is recorded; all are real. Without a GPU: `function` itself."""
+    if device.type != "cuda" or WORLD_SIZE > 1:
+        return function
+    calls, graphs = collections.Counter(), {}
+
+    def replay(*inputs):
+        shapes = tuple(x.shape for x in inputs)
+        calls[shapes] += 1
+        if calls[shapes] <= 3:
+            return function(*inputs)
+        if shapes not in graphs:
+            graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph):
+                graphs[shapes] = graph, held, function(*held)
+        graph, held, output = graphs[shapes]
+        torch._foreach_copy_(held, inputs)
+        graph.replay()
+        return output.clone()
+
+    return replay
+
+
+def prepare(env):
+    """Byte images channels first; every other observation a flat vector."""
+    space = env.observation_space
+    if space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36:
+        if space.shape[0] < space.shape[2]:
+            return env
+        channels_first = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), np.uint8)
+        return gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0), channels_first)
+    return gym.wrappers.FlattenObservation(env) if space.dtype is None or len(space.shape) != 1 else env
+
+
+class Envs:
+    """Copies of an environment, stepped in turn; every tensor is (num_envs, ...) on `device`.
+
+    `obs` is what to act on; `episodes` gathers (environment, return, length) of those that end."""
+
+    def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
+        sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where module:Id may be found
+        with blame(f"cannot make {env_id}"):
+            if env_id.startswith("ALE/"):
+                gym.register_envs(__import__("ale_py"))
+                envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
+                                    autoreset_mode="SameStep", **kwargs)
+            else:
+                mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+                envs = gym.make_vec(env_id, num_envs, "sync", mode, [*wrappers, prepare], **kwargs)
+        self.envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
+        self.id, self.device, self.episodes = env_id, device, []
+        self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
+        self.obs_dtype = torch.uint8 if len(self.obs_space.shape) == 3 else torch.float32
+        kind = type(self.action_space).__name__
+        if kind not in ACTION_SPACES:
+            raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
+                            f"these scripts do: {SCRIPTS.get(kind, 'none')}")
+
+    def tensor(self, array, dtype=torch.float32):
+        return torch.as_tensor(array, dtype=dtype, device=self.device)
+
+    def reset(self, seed):
+        """Begin an episode everywhere, in environment i with seed + i."""
+        with blame(f"{self.id} failed to reset"):
+            self.obs = self.tensor(self.envs.reset(seed=seed)[0], self.obs_dtype)
+
+    def step(self, actions):
+        """Act, and return next_obs, rewards, terminations and dones.
+
+        next_obs is what the action led to, even where an episode ended and `obs` begins another."""
+        actions, space = actions.cpu().numpy(), self.action_space
+        if isinstance(space, gym.spaces.Discrete):
+            actions = actions + space.start
+        else:
+            actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
+        with blame(f"{self.id} failed"):
+            obs, rewards, terminations, truncations, infos = self.envs.step(actions)
+        if not np.isfinite(rewards).all():
+            raise UserError(f"{self.id} gave the rewards {rewards.tolist()}")
+        self.obs = next_obs = self.tensor(obs, self.obs_dtype)
+        dones = terminations | truncations
+        if dones.any():
+            ended, episode = dones.nonzero()[0], infos["episode"]
+            self.episodes += zip(*(x.tolist() for x in (ended, episode["r"][ended], episode["l"][ended])))
+            next_obs = next_obs.clone()
+            next_obs[ended] = self.tensor(np.stack(infos["final_obs"][ended].tolist()), self.obs_dtype)
+        return next_obs, *map(self.tensor, (rewards, terminations, dones))
+
+
+def load(folder, device="cpu"):
+    """The checkpoint of the run in `folder`."""
+    with blame(f"{folder} has no checkpoint that can be read"):
+        saved = torch.load(pathlib.Path(folder, "checkpoint.pt"), device, weights_only=True)
+        script = saved["script"]
+    if script != NAME:
+        raise UserError(f"{folder} is a run of {script}.py, not of {NAME}.py")
+    return saved
+
+
+class Run:
+    """A training run: its progress, its folder, and checkpoints from which it goes on exactly.
+
+    The trainer counts `step`. A checkpoint keeps the state_dict of every object in `state`."""
+
+    signal = 0  # that asked to stop
+
+    def __init__(self, args, envs, resume, **state):
+        self.args, self.envs, self.state = args, envs, state
+        saved = load(resume, envs.device) if resume else dict(step=0, history=[], recent=[], seconds=0)
+        self.step, self.history, self.said = saved["step"], saved["history"], 0
+        self.recent = collections.deque(saved["recent"], maxlen=20)  # latest of envs.episodes
+        self.due, self.began = self.step, time.time() - saved["seconds"]
+        with blame(f"{resume} does not fit these settings"):
+            for name in state if resume else ():
+                state[name].load_state_dict(saved[name])
+        self.folder, self.board = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None, None
+        if self.folder:
+            with blame(f"cannot write to {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.write("args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2)))
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.folder, purge_step=self.step)
+        values, known = asdict(args), preset(args.env)
+        chosen = [f"{name}={value}" + "*" * (known.get(name) == value)
+                  for name, value in values.items() if value != getattr(Args, name)]
+        print(f"{NAME} on {envs.device}, * from the preset:", *chosen, flush=True)
+
+    @classmethod
+    def ask_to_stop(cls, number, frame):
+        cls.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one does not ask
+
+    def checkpoint(self):
+        """Where one is due, save, seed everything from the step and begin new episodes.
+
+        What follows depends on the checkpoint alone: a resumed run repeats one that never stopped."""
+        stop = torch.tensor([float(Run.signal)], device=self.envs.device)
+        average(stop)
+        if stop:
+            self.finish()
+            print(f"stopped; to go on: python {NAME}.py --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + Run.signal)
+        if due := self.step >= self.due:
+            self.save()
+            every = self.args.checkpoint_every or math.ceil(self.args.total_timesteps / 10)
+            self.due = (self.step // every + 1) * every
+            self.envs.reset(seed_all(1, self.args.seed, self.step, RANK))
+        return due
+
+    def save(self):
+        for name, value in self.state["agent"].state_dict().items():
+            if not value.isfinite().all():
+                raise FloatingPointError(f"the agent's {name} is not finite at step {self.step:,}")
+        modules = {name: module.state_dict() for name, module in self.state.items()}
+        self.write("checkpoint.pt", lambda path: torch.save(modules | dict(
+            script=NAME, args=asdict(self.args), step=self.step, history=self.history,
+            recent=list(self.recent), seconds=time.time() - self.began), path))
+
+    def write(self, name, write):
+        """Write beside the file, then rename: neither a kill nor a full disk can break it."""
+        if self.folder:
+            with blame(f"cannot write {self.folder / name}"):
+                write(self.folder / f"{name}.part")
+                os.replace(self.folder / f"{name}.part", self.folder / name)
+
+    def log(self, **metrics):
+        """Keep 200 rows of metrics a run; show progress every two seconds."""
+        self.recent += self.envs.episodes
+        self.envs.episodes.clear()
+        _, episode_return, length = np.mean(self.recent or [[math.nan] * 3], 0).tolist()
+        total, seconds = self.args.total_timesteps, time.time() - self.began
+        if self.step * 200 // total > ([0] + [row["step"] for row in self.history])[-1] * 200 // total:
+            metrics = {name: float(value) for name, value in metrics.items()}
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"{name} is {value} at step {self.step:,}")
+            self.history.append(dict(step=self.step, seconds=seconds, episode_return=episode_return,
+                                     episode_length=length, **metrics))
+            table = [self.history[0], *(row.values() for row in self.history)]
+            text = "".join(",".join(map(str, row)) + "\n" for row in table)
+            self.write("metrics.csv", lambda path: path.write_text(text))
+            for name, value in self.history[-1].items() if self.board else ():
+                self.board.add_scalar(name, value, self.step)
+        if seconds > self.said + 2 or self.step >= total:
+            speed, self.said = self.step / seconds, seconds
+            left = datetime.timedelta(seconds=math.ceil(max(0, total - self.step) / speed))
+            print(f"step {self.step:,} ({self.step / total:.0%}), return {episode_return:.1f}, "
+                  f"{speed:,.0f} steps/s, {left} left", flush=True)
+
+    def finish(self):
+        """Save the checkpoint and draw the learning curve."""
+        self.save()
+        if self.folder:
+            with contextlib.suppress(ImportError):
+                from matplotlib.figure import Figure
+                axes = Figure((7, 4), layout="constrained").subplots()
+                axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
+                axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
+                         xlabel="environment steps", ylabel="return, mean of 20 episodes")
+                self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
+                return
+            print("learning_curve.png needs matplotlib", file=sys.stderr)
+
+
+def evaluate(agent, args, episodes=100, **kwargs):
+    """The returns (episodes,) of the deterministic policy on fresh episodes.
+
+    In a round every environment counts once, so that short episodes do not count more often."""
+    num_envs, returns = min(episodes, 20), []
+    envs = Envs(args.env, num_envs, next(agent.parameters()).device, **kwargs)
+    while len(returns) < episodes:
+        envs.reset(seed_all(2, args.seed, len(returns)))
+        envs.episodes, first = [], {}
+        while len(first) < num_envs:
+            envs.step(agent.act(envs.obs, deterministic=True))
+            first = {i: episode_return for i, episode_return, _ in reversed(envs.episodes)}
+        returns += [first[i] for i in range(num_envs)]
+    envs.envs.close()
+    return np.array(returns[:episodes])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--evaluate", metavar="RUN", help="score the agent of the run in this folder")
+    parser.add_argument("--episodes", type=int, default=100, help="episodes to score (100)")
+    parser.add_argument("--video", action="store_true", default=False, help="film an episode as well")
+    parser.add_argument("--render", action="store_true", default=False, help="show an episode as well")
+    for f in fields(Args):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+            type=str if typing.get_args(f.type) else f.type)
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
+                            help=f"{f.metadata['help']} ({f.default})")
+
+    def fail(message, code=2):
+        print(f"{NAME}.py: {message}", file=sys.stderr)
+        raise SystemExit(code)
+
+    parser.error = fail
+    given = vars(parser.parse_args())
+    resume, score = given.pop("resume", ""), given.pop("evaluate", "")
+    episodes, video, render = (given.pop(name) for name in ("episodes", "video", "render"))
+    try:
+        saved = load(resume or score) if resume or score else dict(args={})
+        args = Args(**saved["args"] | given)
+        args.run_dir = resume or score or args.run_dir or "runs/{}__{}__{}__{}".format(
+            re.sub("[:/]", "-", args.env), NAME, args.seed, time.strftime("%y%m%d-%H%M%S"))
+        if score:
+            envs, history = Envs(args.env, 1, setup(args)), saved["history"]
+            agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
+            agent.load_state_dict(saved["agent"])
+        else:
+            signal.signal(signal.SIGINT, Run.ask_to_stop)
+            signal.signal(signal.SIGTERM, Run.ask_to_stop)
+            agent, history = train(args, resume)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if RANK == 0:
+            returns = evaluate(agent, args, episodes)
+            step, seconds = history[-1]["step"], history[-1]["seconds"]
+            print(f"{args.env}: return {returns.mean():.1f} ± {returns.std():.1f} over {episodes} episodes "
+                  f"after {step:,} steps in {seconds:.1f} s ({step / seconds:,.0f} steps/s); {args.run_dir}")
+            if video:
+                film = functools.partial(gym.wrappers.RecordVideo, video_folder=f"{args.run_dir}/videos")
+                evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
+            if render:
+                evaluate(agent, args, 1, render_mode="human")
+    except UserError as error:
+        fail(error)
+    except FloatingPointError as error:
+        fail(error, 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+if __name__ == "__main__":
+    main()
