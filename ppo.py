@@ -9,8 +9,9 @@ under the new and the old policy, and clips the ratio so that moving it far from
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
 (2)  returns = advantages + V(obs)
 (3)  ratio = pi(actions | obs) / pi_old(actions | obs)
-(4)  policy_loss = -E[min(ratio * advantages, clip(ratio, 1 - clip_coef, 1 + clip_coef) * advantages)]
-(5)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2] / 2 - ent_coef * E[entropy(pi)]
+(4)  policy_loss = -E[min(ratio * advantages, clip(ratio, 1 - clip_coef, 1 + clip_coef) *
+     advantages)]
+(5)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2] - ent_coef * E[entropy(pi)]
 
     repeat
         collect num_steps transitions from each of num_envs environments with pi
@@ -23,7 +24,7 @@ in practice (arXiv:2005.12729, arXiv:2006.05990) come the orthogonal initialisat
 step size and the running normalisation. A time limit is no end here, unlike in many versions of
 PPO: the value of the state that it cut off stands in for the rest. `python ppo.py --help`
 """
-import argparse, collections, contextlib, datetime, fnmatch, functools, gc, json, math, os, pathlib
+import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
 from dataclasses import asdict, dataclass, field, fields
 
@@ -79,28 +80,28 @@ class Args:
         check(self)
 
 
-MUJOCO = dict(vf_coef=0.25, recompute_advantages=True, norm_advantages=False)
-PRESETS = {  # settings known to work; a key may be a pattern
+MUJOCO = dict(vf_coef=0.25, recompute_advantages=True)
+PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=100_000, num_steps=32, num_minibatches=1, update_epochs=20,
-                        learning_rate=1e-3, gamma=0.98, gae_lambda=0.8,
-                        norm_obs=False, norm_returns=False),
+                        learning_rate=1e-3, gamma=0.98, gae_lambda=0.8, norm_obs=False,
+                        norm_returns=False),
     "Acrobot-v1": dict(total_timesteps=300_000, num_minibatches=16, ent_coef=0.01),
-    "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.9, learning_rate=1e-3),
+    "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.95, learning_rate=1e-3, norm_obs=False,
+                        recompute_advantages=True),
     "MountainCar-v0": dict(num_envs=16, num_steps=16, num_minibatches=4, update_epochs=4,
                            gae_lambda=0.98),
     "LunarLander-v3": dict(num_envs=16, num_steps=1024, num_minibatches=256, update_epochs=4,
                            gamma=0.999, gae_lambda=0.98, ent_coef=0.01),
     "HalfCheetah-v5": MUJOCO, "Hopper-v5": MUJOCO,
     "ALE/*": dict(total_timesteps=10_000_000, num_steps=128, num_minibatches=4, update_epochs=4,
-                  learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01),
-}
-ACTION_SPACES = ("Discrete", "Box")
+                  learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01)}
+ACTION_SPACES = "Discrete", "Box"
 
 # ===================================================================================== Networks
 
 
 class RunningNorm(nn.Module):
-    """Standardises (B, *shape) by the mean and deviation of everything that `update` was given."""
+    """Standardises (..., *shape) by the mean and deviation of all that `update` was given."""
 
     def __init__(self, shape):
         super().__init__()
@@ -110,8 +111,8 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        delta = x - self.mean  # moments about the old mean lose no digits
-        first, second = delta.mean(0), delta.square().mean(0)
+        """Merge the moments of x (B, *shape), taken about the old mean so as to lose no digits."""
+        first, second = (x - self.mean).mean(0), (x - self.mean).square().mean(0)
         average(first, second)
         self.count += len(x)
         weight = len(x) / self.count
@@ -162,7 +163,8 @@ class Agent(nn.Module):
         nn.init.orthogonal_(self.critic[-1].weight, 1)
         self.return_norm = RunningNorm(())
         if not self.discrete:  # the actor's [-1, 1] is stretched over finite bounds
-            low, high = torch.tensor(np.array([action_space.low, action_space.high])).flatten(1)
+            low, high = torch.tensor(np.array([action_space.low, action_space.high],
+                                              np.float32)).flatten(1)
             bounded = (high - low).isfinite()
             self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
             self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0))
@@ -172,7 +174,7 @@ class Agent(nn.Module):
         return self.critic(self.encoder(obs)).squeeze(-1)
 
     def evaluate(self, obs, actions):
-        """log pi(actions | obs), the entropy of pi(. | obs) and V(obs); all (B,)."""
+        """log pi(actions | obs), entropy of pi(. | obs) and V(obs): (...) for obs (..., *shape)."""
         features = self.encoder(obs)
         outputs, values = self.actor(features), self.critic(features).squeeze(-1)
         if self.discrete:
@@ -182,11 +184,11 @@ class Agent(nn.Module):
         deviations = (actions - self.center - self.scale * outputs) / self.log_std.exp()
         log_volume = self.log_std.sum() + len(self.log_std) / 2 * math.log(2 * math.pi)
         log_probs = -deviations.square().sum(-1) / 2 - log_volume
-        return log_probs, log_volume + len(self.log_std) / 2, values
+        return log_probs, (log_volume + len(self.log_std) / 2).expand_as(values), values
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False):
-        """Observations (B, *obs_shape) to actions (B,) or (B, action_dim): drawn, or pi's mode."""
+        """Draw actions (N,) or (N, action_dim) for obs (N, *shape), or take the most likely."""
         outputs = self.actor(self.encoder(obs))
         if self.discrete:
             if not deterministic:  # with Gumbel noise the argmax is a draw from the softmax
@@ -202,10 +204,10 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages (1) and returns (2); everything is (T, N).
 
-    Nothing follows a termination; the sum over time stops wherever an episode does."""
+    After a termination nothing follows; the sum over time stops where an episode does."""
     deltas = rewards + gamma * (1 - terminations) * next_values - values
     decays = gamma * gae_lambda * (1 - dones)
-    advantage, advantages = torch.zeros_like(deltas[0]), []
+    advantages, advantage = [], torch.zeros_like(deltas[0])
     for delta, decay in zip(deltas.flip(0), decays.flip(0)):
         advantage = delta + decay * advantage
         advantages.append(advantage)
@@ -214,7 +216,7 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 
 def clipped_surrogate(ratio, advantages, clip_coef):
-    """The policy loss (4) of ratios and advantages (B,); clipping matters only on the side that gains."""
+    """The policy loss (4). Clipping binds only where it lowers the gain, at A + clip_coef * |A|."""
     return -torch.min(ratio * advantages, advantages + clip_coef * advantages.abs()).mean()
 
 
@@ -238,12 +240,12 @@ def train(args, resume=""):
     def estimate(obs, actions, next_obs, rewards, terminations, dones):
         """Log-probabilities, entropy, V, advantages and returns of a batch, stacked (5, T, N)."""
         log_probs, entropy, values = agent.evaluate(obs, actions)
-        advantages, returns = compute_gae(rewards / agent.return_norm.std, values, agent.value(next_obs),
-                                          terminations, dones, args.gamma, args.gae_lambda)
-        return torch.stack([log_probs, entropy.expand_as(values), values, advantages, returns])
+        return torch.stack([log_probs, entropy, values, *compute_gae(
+            rewards / agent.return_norm.std, values, agent.value(next_obs), terminations, dones,
+            args.gamma, args.gae_lambda)])
 
     def update(obs, actions, old_log_probs, old_values, advantages, returns):
-        """Take one Adam step on a minibatch (B, ...); return its statistics."""
+        """Take one Adam step on a minibatch (B, ...); return its KL divergence and losses."""
         log_probs, entropy, values = agent.evaluate(obs, actions)
         log_ratio = log_probs - old_log_probs
         ratio = log_ratio.exp()                                                             # (3)
@@ -252,10 +254,11 @@ def train(args, resume=""):
         policy_loss = clipped_surrogate(ratio, advantages, clip_coef)                       # (4)
         value_loss = F.mse_loss(values, returns)
         if args.clip_values:
-            clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-            value_loss = torch.max((values - returns).square(), (clipped - returns).square()).mean()
+            near = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+            value_loss = torch.max((values - returns).square(), (near - returns).square()).mean()
         loss = policy_loss + args.vf_coef * value_loss                                      # (5)
-        if args.ent_coef: loss = loss - args.ent_coef * entropy.mean()
+        if args.ent_coef:
+            loss = loss - args.ent_coef * entropy.mean()
         weights.grad.zero_()
         loss.backward()
         average(weights.grad)
@@ -280,14 +283,14 @@ def train(args, resume=""):
         run.step += args.num_steps * args.num_envs * WORLD_SIZE
 
         statistics = []
+        old_log_probs, entropy, values, advantages, returns = estimate(*rollout)
         for epoch in range(args.update_epochs):
-            if epoch == 0:
-                old_log_probs, entropy, values, advantages, returns = estimate(*rollout)
-            elif args.recompute_advantages:
-                _, _, values, advantages, returns = estimate(*rollout)
-            batch = [x.flatten(0, 1) for x in (obs, actions, old_log_probs, values, advantages, returns)]
-            order = torch.randperm(len(batch[0]), device=device)
-            for minibatch in zip(*(x[order].tensor_split(args.num_minibatches) for x in batch)):
+            if epoch and args.recompute_advantages:
+                values, advantages, returns = estimate(*rollout)[2:]
+            batch = obs, actions, old_log_probs, values, advantages, returns
+            order = torch.randperm(args.num_steps * args.num_envs, device=device)
+            parts = (x.flatten(0, 1)[order].tensor_split(args.num_minibatches) for x in batch)
+            for minibatch in zip(*parts):
                 if args.target_kl and statistics and statistics[-1][0] > args.target_kl:
                     break
                 statistics.append(update(*minibatch))
@@ -297,7 +300,7 @@ def train(args, resume=""):
             agent.encoder.update(obs.flatten(0, 1))
 
         kl, policy_loss, value_loss = torch.stack(statistics).mean(0)
-        run.log(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy.mean(), approx_kl=kl,
+        run.log(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy.mean(), kl=kl,
                 explained_variance=explained_variance(values, returns))
     run.finish()
     return agent, run.history
@@ -318,7 +321,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def blame(what):
-    """Make a UserError that begins with `what` of any exception in this block."""
+    """Tell any exception of this block as a UserError about `what`."""
     try:
         yield
     except Exception as error:
@@ -332,14 +335,14 @@ def preset(env):
 
 
 def check(args):
-    """Refuse settings that there are none of, and values out of range."""
+    """Refuse settings that do not exist or are outside their limits."""
     known = {f.name: f for f in fields(args)}
     for name, value in vars(args).items():
         if name not in known:
             raise UserError(f"there is no setting {name}")
         limits, choices = known[name].metadata["limits"], typing.get_args(known[name].type)
         if choices and value not in choices or limits and not limits[0] <= value <= limits[1]:
-            raise UserError(f"{name} is {value}, outside {choices or limits}")
+            raise UserError(f"{name} is {value}, which is not in {list(choices or limits)}")
 
 
 def seed_all(*key):
@@ -350,13 +353,13 @@ def seed_all(*key):
 
 
 def setup(args):
-    """Take the device, join the other processes, and seed the networks, alike in all of them."""
+    """Take the device, join the other processes, and seed the networks alike in all of them."""
     name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     with blame(f"device {name} cannot be used"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # graphs cannot warm up on the default one
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # warm-up must not use the default stream
     torch.set_num_threads(args.threads)
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -365,9 +368,9 @@ def setup(args):
 
 
 def flatten(module):
-    """Turn all parameters into views of one vector, and their gradients into views of its own.
+    """Make all parameters views of one vector, and their gradients views of the vector's.
 
-    What treats every weight alike (optimiser, clipping, averaging) then takes a single call."""
+    What treats all weights alike, as optimisers do, then takes one call; a fifth of an update."""
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
@@ -385,9 +388,9 @@ def average(*tensors):
 
 
 def capture(function, device):
-    """Replay `function` (tensors to a tensor) as CUDA graphs, one for each set of shapes.
+    """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
 
-    Three calls warm up, the fourth is recorded; all are real. Without a GPU: `function` itself."""
+    Three calls warm up, the fourth is recorded, and all count. Elsewhere, `function` itself."""
     if device.type != "cuda" or WORLD_SIZE > 1:
         return function
     calls, graphs = collections.Counter(), {}
@@ -402,7 +405,8 @@ def capture(function, device):
             with torch.cuda.graph(graph):
                 graphs[shapes] = graph, held, function(*held)
         graph, held, output = graphs[shapes]
-        torch._foreach_copy_(held, inputs)
+        for mine, given in zip(held, inputs):
+            mine.copy_(given)
         graph.replay()
         return output.clone()
 
@@ -410,23 +414,25 @@ def capture(function, device):
 
 
 def prepare(env):
-    """Byte images channels first; every other observation a flat vector."""
+    """Byte images channels first, every other observation as a flat vector."""
     space = env.observation_space
     if space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36:
-        if space.shape[0] < space.shape[2]:
+        if space.shape[0] <= space.shape[2]:
             return env
-        channels_first = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), np.uint8)
-        return gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0), channels_first)
-    return gym.wrappers.FlattenObservation(env) if space.dtype is None or len(space.shape) != 1 else env
+        shape = space.shape[2], *space.shape[:2]
+        return gym.wrappers.TransformObservation(
+            env, lambda image: np.moveaxis(image, 2, 0), gym.spaces.Box(0, 255, shape, np.uint8))
+    is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    return env if is_vector else gym.wrappers.FlattenObservation(env)
 
 
 class Envs:
     """Copies of an environment, stepped in turn; every tensor is (num_envs, ...) on `device`.
 
-    `obs` is what to act on; `episodes` gathers (environment, return, length) of those that end."""
+    `obs` is what to act on. `episodes` gathers (environment, return, length) of those that end."""
 
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
-        sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)  # where module:Id may be found
+        sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Id may be
         with blame(f"cannot make {env_id}"):
             if env_id.startswith("ALE/"):
                 gym.register_envs(__import__("ale_py"))
@@ -453,9 +459,9 @@ class Envs:
             self.obs = self.tensor(self.envs.reset(seed=seed)[0], self.dtype)
 
     def step(self, actions):
-        """Act, and return next_obs, rewards, terminations and dones.
+        """Act; return next_obs, rewards, terminations and dones.
 
-        next_obs is what the action led to, even where an episode ended and `obs` begins another."""
+        next_obs is where the actions led, also where an episode ended and `obs` begins the next."""
         actions, space = actions.cpu().numpy(), self.action_space
         if isinstance(space, gym.spaces.Discrete):
             actions = actions + space.start
@@ -468,16 +474,16 @@ class Envs:
         self.obs = next_obs = self.tensor(obs, self.dtype)
         dones = terminations | truncations
         if dones.any():
-            ended, episode = dones.nonzero()[0], infos["episode"]
-            self.episodes += zip(*(x.tolist() for x in (ended, episode["r"][ended], episode["l"][ended])))
+            ended, ends = dones.nonzero()[0], infos["episode"]
+            self.episodes += zip(*(x.tolist() for x in (ended, ends["r"][ended], ends["l"][ended])))
             next_obs = next_obs.clone()
-            next_obs[ended] = self.tensor(np.stack(infos["final_obs"][ended].tolist()), self.dtype)
+            next_obs[ended] = self.tensor(np.stack(list(infos["final_obs"][ended])), self.dtype)
         return next_obs, *self.tensor([rewards, terminations, dones])
 
 
 def load(folder, device="cpu"):
     """The checkpoint of the run in `folder`."""
-    with blame(f"{folder} has no checkpoint that can be read"):
+    with blame(f"{folder} holds no checkpoint that can be read"):
         saved = torch.load(pathlib.Path(folder, "checkpoint.pt"), device, weights_only=True)
         script = saved["script"]
     if script != NAME:
@@ -488,32 +494,35 @@ def load(folder, device="cpu"):
 class Run:
     """A training run: its progress, its folder, and checkpoints from which it goes on exactly.
 
-    The trainer counts `step`. A checkpoint keeps the state_dict of every object in `state`."""
+    The trainer counts `step`. `state` are the objects whose state_dict a checkpoint keeps."""
 
-    signal = 0  # that asked to stop
+    signal = 0  # the last that asked to stop
 
     def __init__(self, args, envs, resume, **state):
-        self.args, self.envs, self.state = args, envs, state
-        saved = load(resume, envs.device) if resume else dict(step=0, history=[], recent=[], seconds=0)
-        self.step, self.history, self.said = saved["step"], saved["history"], 0
-        gc.freeze()  # spare the collector what is there to stay: a tenth of the time of a rollout
-        self.recent = collections.deque(saved["recent"], maxlen=20)  # latest of envs.episodes
-        self.due, self.began = self.step, time.time() - saved["seconds"]
+        self.args, self.envs, self.state, self.board = args, envs, state, None
+        saved = dict(step=0, history=[], recent=[], seconds=0)
+        if resume:
+            saved = load(resume, envs.device)
         with blame(f"{resume} does not fit these settings"):
             for name in state if resume else ():
                 state[name].load_state_dict(saved[name])
-        self.folder, self.board = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None, None
+        self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
+        self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
+        self.began, self.said = time.time() - saved["seconds"], saved["seconds"]
+        self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
             with blame(f"cannot write to {self.folder}"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            self.write("args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2)))
+            text = json.dumps(asdict(args), indent=2)
+            self.write("args.json", lambda path: path.write_text(text))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(self.folder, purge_step=self.step)
-        values, known = asdict(args), preset(args.env)
-        chosen = [f"{name}={value}" + "*" * (known.get(name) == value)
-                  for name, value in values.items() if value != getattr(Args, name)]
-        print(f"{NAME} on {envs.device}, * from the preset:", *chosen, flush=True)
+        if RANK == 0:
+            chosen = [f"{name}={value}" + "*" * (preset(args.env).get(name) == value)
+                      for name, value in asdict(args).items() if value != getattr(Args, name)]
+            print(f"{NAME} on {envs.device}, * from the preset:", *chosen, flush=True)
+        gc.collect(), gc.freeze()  # what exists by now stays; searching it slowed rollouts by 10 %
 
     @classmethod
     def ask_to_stop(cls, number, frame):
@@ -521,10 +530,10 @@ class Run:
         signal.signal(number, signal.SIG_DFL)  # a second one does not ask
 
     def checkpoint(self):
-        """Where one is due, save, seed everything from the step and begin new episodes.
+        """Where one is due: save, seed everything from the step, and begin new episodes.
 
-        What follows depends on the checkpoint alone: a resumed run repeats one that never stopped."""
-        stop = torch.tensor([float(Run.signal)], device=self.envs.device)
+        What follows depends on the checkpoint alone, so a resumed run repeats an unbroken one."""
+        stop = torch.tensor(float(Run.signal), device=self.envs.device if WORLD_SIZE > 1 else None)
         average(stop)
         if stop:
             self.finish()
@@ -541,10 +550,10 @@ class Run:
         for name, value in self.state["agent"].state_dict().items():
             if not value.isfinite().all():
                 raise FloatingPointError(f"the agent's {name} is not finite at step {self.step:,}")
-        modules = {name: module.state_dict() for name, module in self.state.items()}
-        self.write("checkpoint.pt", lambda path: torch.save(modules | dict(
-            script=NAME, args=asdict(self.args), step=self.step, history=self.history,
-            recent=list(self.recent), seconds=time.time() - self.began), path))
+        saved = dict(script=NAME, args=asdict(self.args), step=self.step, history=self.history,
+                     recent=list(self.recent), seconds=time.time() - self.began)
+        saved |= {name: module.state_dict() for name, module in self.state.items()}
+        self.write("checkpoint.pt", lambda path: torch.save(saved, path))
 
     def write(self, name, write):
         """Write beside the file, then rename: neither a kill nor a full disk can break it."""
@@ -559,51 +568,54 @@ class Run:
         self.envs.episodes.clear()
         _, episode_return, length = np.mean(self.recent or [[math.nan] * 3], 0).tolist()
         total, seconds = self.args.total_timesteps, time.time() - self.began
-        if self.step * 200 // total > ([0] + [row["step"] for row in self.history])[-1] * 200 // total:
+        last = self.history[-1]["step"] if self.history else 0
+        if self.step * 200 // total > last * 200 // total:
             metrics = {name: float(value) for name, value in metrics.items()}
             for name, value in metrics.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{name} is {value} at step {self.step:,}")
             self.history.append(dict(step=self.step, seconds=seconds, episode_return=episode_return,
                                      episode_length=length, **metrics))
-            table = [self.history[0], *(row.values() for row in self.history)]
-            text = "".join(",".join(map(str, row)) + "\n" for row in table)
-            self.write("metrics.csv", lambda path: path.write_text(text))
+            rows = [self.history[0], *(row.values() for row in self.history)]
+            self.write("metrics.csv", lambda path: path.write_text(
+                "".join(",".join(map(str, row)) + "\n" for row in rows)))
             for name, value in self.history[-1].items() if self.board else ():
                 self.board.add_scalar(name, value, self.step)
-        if seconds > self.said + 2 or self.step >= total:
+        if RANK == 0 and (seconds > self.said + 2 or self.step >= total):
             speed, self.said = self.step / seconds, seconds
-            left = datetime.timedelta(seconds=math.ceil(max(0, total - self.step) / speed))
-            print(f"step {self.step:,} ({self.step / total:.0%}), return {episode_return:.1f}, "
-                  f"{speed:,.0f} steps/s, {left} left", flush=True)
+            left = max(0, total - self.step) / speed
+            print(f"step {self.step:,} of {total:,}: return {episode_return:.1f}, "
+                  f"{speed:,.0f} steps/s, {left:.0f} s left", flush=True)
 
     def finish(self):
-        """Save the checkpoint and draw the learning curve."""
+        """Save what there is and draw the learning curve."""
         self.save()
-        if self.folder:
-            with contextlib.suppress(ImportError):
-                from matplotlib.figure import Figure
-                axes = Figure((7, 4), layout="constrained").subplots()
-                axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
-                axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
-                         xlabel="environment steps", ylabel="return, mean of 20 episodes")
-                self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
-                return
-            print("learning_curve.png needs matplotlib", file=sys.stderr)
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return print("learning_curve.png needs matplotlib", file=sys.stderr)
+        axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
+        axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
+        axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
+                 xlabel="environment steps", ylabel="return, mean of 20 episodes")
+        axes.grid(alpha=0.3)
+        self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
 
 
 def evaluate(agent, args, episodes=100, **kwargs):
     """The returns (episodes,) of the deterministic policy on fresh episodes.
 
-    In a round every environment counts once, so that short episodes do not count more often."""
+    In each round every environment counts once, so that short episodes do not count more often."""
     num_envs, returns = min(episodes, 20), []
     envs = Envs(args.env, num_envs, next(agent.parameters()).device, **kwargs)
     while len(returns) < episodes:
         envs.reset(seed_all(2, args.seed, len(returns)))
-        envs.episodes, first = [], {}
+        envs.episodes, first, steps = [], {}, 0
         while len(first) < num_envs:
             envs.step(agent.act(envs.obs, deterministic=True))
-            first = {i: episode_return for i, episode_return, _ in reversed(envs.episodes)}
+            first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
+            if steps == 100_000:
+                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
         returns += [first[i] for i in range(num_envs)]
     envs.envs.close()
     return np.array(returns[:episodes])
@@ -613,15 +625,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--evaluate", metavar="RUN", help="score the agent of the run in this folder")
-    parser.add_argument("--episodes", type=int, default=100, help="episodes to score (100)")
-    parser.add_argument("--video", action="store_true", default=False, help="film an episode as well")
-    parser.add_argument("--render", action="store_true", default=False, help="show an episode as well")
+    parser.add_argument("--evaluate", metavar="RUN", help="score the agent of the run")
+    parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
+    parser.add_argument("--video", action="store_true", default=False, help="film one more")
+    parser.add_argument("--render", action="store_true", default=False, help="show one more")
     for f in fields(Args):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
-            type=str if typing.get_args(f.type) else f.type)
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=f"{f.metadata['help']} ({f.default})")
+        kind = str if typing.get_args(f.type) else f.type
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)
+        help = f"{f.metadata['help']} ({f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
 
     def fail(message, code=2):
         print(f"{NAME}.py: {message}", file=sys.stderr)
@@ -629,8 +641,8 @@ def main():
 
     parser.error = fail
     given = vars(parser.parse_args())
-    resume, score = given.pop("resume", ""), given.pop("evaluate", "")
     episodes, video, render = (given.pop(name) for name in ("episodes", "video", "render"))
+    resume, score = given.pop("resume", ""), given.pop("evaluate", "")
     try:
         saved = load(resume or score) if resume or score else dict(args={})
         args = Args(**saved["args"] | given)
@@ -641,26 +653,26 @@ def main():
             agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
             agent.load_state_dict(saved["agent"])
         else:
-            signal.signal(signal.SIGINT, Run.ask_to_stop)
-            signal.signal(signal.SIGTERM, Run.ask_to_stop)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, Run.ask_to_stop)
             agent, history = train(args, resume)
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if RANK == 0:
             returns = evaluate(agent, args, episodes)
-            step, seconds = history[-1]["step"], history[-1]["seconds"]
-            print(f"{args.env}: return {returns.mean():.1f} ± {returns.std():.1f} over {episodes} episodes "
-                  f"after {step:,} steps in {seconds:.1f} s ({step / seconds:,.0f} steps/s); {args.run_dir}")
+            step, seconds = ((history or [saved])[-1][name] for name in ("step", "seconds"))
+            print(f"{args.env}: return {returns.mean():.1f} ± {returns.std():.1f} over {episodes} "
+                  f"episodes, {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s; "
+                  f"{args.run_dir}")
             if video:
-                film = functools.partial(gym.wrappers.RecordVideo, video_folder=f"{args.run_dir}/videos")
+                folder = f"{args.run_dir}/videos"
+                film = functools.partial(gym.wrappers.RecordVideo, video_folder=folder,
+                                         episode_trigger=lambda episode: episode == 0)
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
             if render:
                 evaluate(agent, args, 1, render_mode="human")
-    except UserError as error:
-        fail(error)
-    except FloatingPointError as error:
-        fail(error, 1)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+    except (UserError, FloatingPointError, KeyboardInterrupt) as error:
+        codes = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130}
+        fail(str(error) or "interrupted", codes[type(error)])
 
 
 if __name__ == "__main__":
