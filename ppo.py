@@ -82,9 +82,8 @@ class Args:
 
 MUJOCO = dict(vf_coef=0.25, recompute_advantages=True)
 PRESETS = {  # what is known to work; keys may be patterns
-    "CartPole-v1": dict(total_timesteps=100_000, num_steps=32, num_minibatches=1, update_epochs=20,
-                        learning_rate=1e-3, gamma=0.98, gae_lambda=0.8, norm_obs=False,
-                        norm_returns=False),
+    "CartPole-v1": dict(total_timesteps=50_000, num_steps=64, num_minibatches=4,
+                        learning_rate=1e-3, norm_obs=False),
     "Acrobot-v1": dict(total_timesteps=300_000, num_minibatches=16, ent_coef=0.01),
     "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.95, learning_rate=1e-3, norm_obs=False,
                         recompute_advantages=True),
