@@ -9,8 +9,7 @@ under the new and the old policy, and clips the ratio so that moving it far from
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
 (2)  returns = advantages + V(obs)
 (3)  ratio = pi(actions | obs) / pi_old(actions | obs)
-(4)  policy_loss = -E[min(ratio * advantages, clip(ratio, 1 - clip_coef, 1 + clip_coef) *
-     advantages)]
+(4)  policy_loss = -E[min(ratio * advantages, clip(ratio, 1 -+ clip_coef) * advantages)]
 (5)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2] - ent_coef * E[entropy(pi)]
 
     repeat
@@ -19,10 +18,10 @@ under the new and the old policy, and clips the ratio so that moving it far from
         for each of update_epochs epochs, for each of num_minibatches random parts of the batch
             take one Adam step down the gradient of the loss (5)
 
-Schulman et al. 2017, arXiv:1707.06347; (1) is GAE, arXiv:1506.02438. From studies of what matters
-in practice (arXiv:2005.12729, arXiv:2006.05990) come the orthogonal initialisation, the annealed
-step size and the running normalisation. A time limit is no end here, unlike in many versions of
-PPO: the value of the state that it cut off stands in for the rest. `python ppo.py --help`
+Schulman et al. 2017, arXiv:1707.06347; (1) is GAE, arXiv:1506.02438. The orthogonal initialisation,
+annealing and running normalisation come from studies of what matters in practice, arXiv:2005.12729
+and arXiv:2006.05990. Where most versions let a time limit end an episode like any other end, here
+the value of the state that was cut off stands in for the rest. Example: --env HalfCheetah-v5
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -34,12 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
 # ============================================================================== Hyperparameters
-
-
-def arg(default, help, low=None, high=math.inf):
-    limits = None if low is None else (low, high)
-    return field(default=default, metadata=dict(help=help, limits=limits))
+def arg(default, help, low=-math.inf, high=math.inf):
+    return field(default=default, metadata=dict(help=help, limits=[low, high]))
 
 
 @dataclass
@@ -52,7 +49,7 @@ class Args:
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run", 0)
+    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
     # The algorithm.
     num_steps: int = arg(256, "steps of each environment in a batch", 1)
     num_minibatches: int = arg(32, "parts that an epoch splits the batch into", 1)
@@ -87,8 +84,6 @@ PRESETS = {  # what is known to work; keys may be patterns
     "Acrobot-v1": dict(total_timesteps=300_000, num_minibatches=16, ent_coef=0.01),
     "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.95, learning_rate=1e-3, norm_obs=False,
                         recompute_advantages=True),
-    "MountainCar-v0": dict(num_envs=16, num_steps=16, num_minibatches=4, update_epochs=4,
-                           gae_lambda=0.98),
     "LunarLander-v3": dict(num_envs=16, num_steps=1024, num_minibatches=256, update_epochs=4,
                            gamma=0.999, gae_lambda=0.98, ent_coef=0.01),
     "HalfCheetah-v5": MUJOCO, "Hopper-v5": MUJOCO,
@@ -96,9 +91,8 @@ PRESETS = {  # what is known to work; keys may be patterns
                   learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"
 
+
 # ===================================================================================== Networks
-
-
 class RunningNorm(nn.Module):
     """Standardises (..., *shape) by the mean and deviation of all that `update` was given."""
 
@@ -154,16 +148,14 @@ class Agent(nn.Module):
             self.encoder = RunningNorm(obs_space.shape) if args.norm_obs else nn.Identity()
             sizes = [obs_space.shape[0], args.hidden_size, args.hidden_size]
         self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.orthogonal_(module.weight, math.sqrt(2))
-                nn.init.zeros_(module.bias)
+        for x in self.parameters():
+            nn.init.orthogonal_(x, math.sqrt(2)) if x.dim() > 1 else nn.init.zeros_(x)
         nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first all actions are alike
         nn.init.orthogonal_(self.critic[-1].weight, 1)
         self.return_norm = RunningNorm(())
         if not self.discrete:  # the actor's [-1, 1] is stretched over finite bounds
-            low, high = torch.tensor(np.array([action_space.low, action_space.high],
-                                              np.float32)).flatten(1)
+            low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
+                         for bound in (action_space.low, action_space.high))
             bounded = (high - low).isfinite()
             self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
             self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0))
@@ -198,8 +190,6 @@ class Agent(nn.Module):
 
 
 # ==================================================================================== Algorithm
-
-
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages (1) and returns (2); everything is (T, N).
 
@@ -228,6 +218,8 @@ def train(args, resume=""):
     """Train, from the start or on from the run folder `resume`; return agent and history."""
     device = setup(args)
     envs = Envs(args.env, args.num_envs, device)
+    if args.num_minibatches > args.num_envs * args.num_steps:
+        raise UserError(f"{args.num_minibatches} minibatches are more than a batch has steps")
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten(agent)
     learning_rate, clip_coef = torch.tensor([args.learning_rate, args.clip_coef], device=device)
@@ -339,9 +331,11 @@ def check(args):
     for name, value in vars(args).items():
         if name not in known:
             raise UserError(f"there is no setting {name}")
-        limits, choices = known[name].metadata["limits"], typing.get_args(known[name].type)
-        if choices and value not in choices or limits and not limits[0] <= value <= limits[1]:
-            raise UserError(f"{name} is {value}, which is not in {list(choices or limits)}")
+        (low, high), choices = known[name].metadata["limits"], typing.get_args(known[name].type)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise UserError(f"{name} is {value}, which is not between {low} and {high}")
+        if choices and value not in choices:
+            raise UserError(f"{name} is {value}, which is none of {', '.join(choices)}")
 
 
 def seed_all(*key):
@@ -540,7 +534,8 @@ class Run:
             raise SystemExit(128 + Run.signal)
         if due := self.step >= self.due:
             self.save()
-            every = self.args.checkpoint_every or math.ceil(self.args.total_timesteps / 10)
+            every = self.args.checkpoint_every or max(  # not so often that no episode gets to its end
+                self.args.total_timesteps // 10, 2000 * self.args.num_envs)
             self.due = (self.step // every + 1) * every
             self.envs.reset(seed_all(1, self.args.seed, self.step, RANK))
         return due
