@@ -504,6 +504,8 @@ class Run:
         self.began, self.said = time.time() - saved["seconds"], saved["seconds"]
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
+            if not resume and (self.folder / "checkpoint.pt").exists():
+                raise UserError(f"{self.folder} holds a run; --resume goes on with it")
             with blame(f"cannot write to {self.folder}"):
                 self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(asdict(args), indent=2)
@@ -535,7 +537,7 @@ class Run:
         if due := self.step >= self.due:
             self.save()
             every = self.args.checkpoint_every or max(  # not so often that no episode gets to its end
-                self.args.total_timesteps // 10, 2000 * self.args.num_envs)
+                self.args.total_timesteps // 10, 2000 * self.args.num_envs * WORLD_SIZE)
             self.due = (self.step // every + 1) * every
             self.envs.reset(seed_all(1, self.args.seed, self.step, RANK))
         return due
@@ -650,7 +652,10 @@ def main():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, Run.ask_to_stop)
             agent, history = train(args, resume)
+            if Run.signal:
+                raise SystemExit(128 + Run.signal)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if RANK == 0:
             returns = evaluate(agent, args, episodes)
             step, seconds = ((history or [saved])[-1][name] for name in ("step", "seconds"))
