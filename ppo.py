@@ -211,7 +211,8 @@ def clipped_surrogate(ratio, advantages, clip_coef):
 
 def explained_variance(values, returns):
     """1 where V foretells every return, 0 where a constant would do as well."""
-    return 1 - (returns - values).var() / returns.var().clamp(min=1e-8)
+    variance = returns.var(correction=0).clamp(min=1e-8)
+    return 1 - (returns - values).var(correction=0) / variance
 
 
 def train(args, resume=""):
@@ -536,7 +537,7 @@ class Run:
             raise SystemExit(128 + Run.signal)
         if due := self.step >= self.due:
             self.save()
-            every = self.args.checkpoint_every or max(  # not so often that no episode gets to its end
+            every = self.args.checkpoint_every or max(  # leave episodes the time to end
                 self.args.total_timesteps // 10, 2000 * self.args.num_envs * WORLD_SIZE)
             self.due = (self.step // every + 1) * every
             self.envs.reset(seed_all(1, self.args.seed, self.step, RANK))
@@ -586,10 +587,13 @@ class Run:
     def finish(self):
         """Save what there is and draw the learning curve."""
         self.save()
+        if not self.folder:
+            return
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            return print("learning_curve.png needs matplotlib", file=sys.stderr)
+            print("learning_curve.png needs matplotlib", file=sys.stderr)
+            return
         axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
