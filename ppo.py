@@ -460,6 +460,8 @@ class Envs:
         if isinstance(space, gym.spaces.Discrete):
             actions = actions + space.start
         else:
+            if not np.isfinite(actions).all():
+                raise FloatingPointError("the agent's actions are not finite")
             actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
         with blame(f"{self.id} failed"):
             obs, rewards, terminations, truncations, infos = self.envs.step(actions)
@@ -642,6 +644,8 @@ def main():
     parser.error = fail
     given = vars(parser.parse_args())
     episodes, video, render = (given.pop(name) for name in ("episodes", "video", "render"))
+    if episodes < 1:
+        fail(f"episodes is {episodes}, which is not at least 1")
     resume, score = given.pop("resume", ""), given.pop("evaluate", "")
     try:
         saved = load(resume or score) if resume or score else dict(args={})
@@ -651,7 +655,8 @@ def main():
         if score:
             envs, history = Envs(args.env, 1, setup(args)), saved["history"]
             agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
-            agent.load_state_dict(saved["agent"])
+            with blame(f"{score} does not fit these settings"):
+                agent.load_state_dict(saved["agent"])
         else:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, Run.ask_to_stop)

@@ -1,0 +1,108 @@
+"""What all tests share: the scripts that exist, small settings for each, a folder for each test."""
+import importlib
+import pathlib
+import signal
+import sys
+
+import pytest
+import torch
+
+TESTS = pathlib.Path(__file__).parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]  # for the scripts, and for environments like probes:Image-v0
+
+NAMES = "reinforce a2c ppo trpo dqn ddpg naf cem_es mbrl_mpc".split()
+SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
+
+# Settings that make a run of a few hundred steps exercise all of a script.
+SMALL = {
+    "ppo": dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2, hidden_size=16),
+}
+# Settings with which training must diverge: in its metrics first, or in its weights first.
+DIVERGENT = {
+    "ppo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1, update_epochs=1)],
+}
+# One environment for each kind of actions, and for each other kind of space a script may meet.
+ENVS = {"Discrete": "CartPole-v1", "Box": "Pendulum-v1"}
+KINDS = {
+    "Discrete": ["CartPole-v1", "probes:Start-v0", "probes:Dict-v0", "probes:Tuple-v0",
+                 "probes:DiscreteObs-v0", "probes:ImageFirst-v0", "probes:ImageLast-v0"],
+    "Box": ["Pendulum-v1", "InvertedPendulum-v5", "probes:Bounds-v0", "probes:Unbounded-v0",
+            "probes:BoxDict-v0", "probes:BoxImage-v0"],
+}
+
+
+def small(script, **changes):
+    """Arguments of a short run of `script` on the CPU."""
+    return dict(total_timesteps=512, device="cpu") | SMALL.get(script, {}) | changes
+
+
+def flags(settings):
+    """The command line that says the same as these arguments of Args."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [
+            f"--{flag}", str(value)]
+    return words
+
+
+def takes(module, *kinds):
+    """Those of the kinds of actions that the script takes."""
+    return [kind for kind in kinds if kind in module.ACTION_SPACES]
+
+
+def same(a, b):
+    """Equal to the last bit, through dictionaries, lists and tensors; NaN equals NaN."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(
+            a.nan_to_num(), b.nan_to_num())
+    return a == b or (a != a and b != b)
+
+
+def timeless(history):
+    """The rows of a history without their time."""
+    return [{name: row[name] for name in row if name != "seconds"} for row in history]
+
+
+def pytest_generate_tests(metafunc):
+    if "script" in metafunc.fixturenames:
+        metafunc.parametrize("script", SCRIPTS)
+
+
+@pytest.fixture
+def module(script):
+    return importlib.import_module(script)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Runs in an empty folder, and puts back what a command line changes in the process."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def command(script, module, monkeypatch, capsys):
+    """command(*words) calls main() as the command line would; gives exit code, output, errors."""
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return command

@@ -1,0 +1,89 @@
+"""Environments whose right answers are known beforehand.
+
+Each observes the number of steps in its episode, in whatever form its space has."""
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+
+COUNT = Box(0, np.inf, (1,), np.float32)
+
+
+class Probe(gym.Env):
+    """After `length` steps the episode `ends` as (terminated, truncated); the reward is constant.
+
+    It counts only the steps of this episode, except for `raise_after` and `nan_after`, which count
+    all. It refuses actions that are not in its space."""
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, obs_space=COUNT, action_space=Discrete(2), length=5, ends=(True, False),
+                 reward=1.0, raise_after=np.inf, nan_after=np.inf):
+        self.observation_space, self.action_space = obs_space, action_space
+        self.length, self.ends, self.reward = length, ends, reward
+        self.raise_after, self.nan_after, self.steps, self.all_steps = raise_after, nan_after, 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return observe(self.observation_space, self.steps), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        self.steps, self.all_steps = self.steps + 1, self.all_steps + 1
+        if self.all_steps > self.raise_after:
+            raise RuntimeError("the probe\nbroke")
+        reward = self.reward(action) if callable(self.reward) else self.reward
+        reward = np.nan if self.all_steps > self.nan_after else reward
+        ends = self.ends if self.steps >= self.length else (False, False)
+        return observe(self.observation_space, self.steps), reward, *ends, {}
+
+
+def observe(space, steps):
+    if isinstance(space, Dict):
+        return {key: observe(space[key], steps) for key in space}
+    if isinstance(space, Tuple):
+        return tuple(observe(part, steps) for part in space)
+    if isinstance(space, Discrete):
+        return np.int64(space.start + steps % space.n)
+    if space.dtype == np.uint8:
+        # One bright pixel tells the axes apart: channel 1, row `steps`, column 3.
+        frame = np.zeros(space.shape, np.uint8)
+        frame[(1, steps, 3) if space.shape[0] < space.shape[2] else (steps, 3, 1)] = 255
+        return frame
+    return np.full(space.shape, steps, space.dtype)
+
+
+def image(*shape):
+    return Box(0, 255, shape, np.uint8)
+
+
+VECTORS = Dict(position=Box(-9, 9, (2, 2), np.float64), kind=Discrete(7, start=3))
+BOUNDS = Box(np.array([-1, 0], np.float32), np.array([2, 10], np.float32))
+UNBOUNDED = Box(-np.inf, np.inf, (2,), np.float32)
+FOREVER = dict(length=np.inf)
+
+for name, settings in {
+    "Counter": dict(),
+    "Terminated": dict(length=1, ends=(True, False), reward=2.0),
+    "Truncated": dict(length=1, ends=(False, True), reward=2.0),
+    "Both": dict(length=1, ends=(True, True), reward=2.0),
+    "Truncated3": dict(length=3, ends=(False, True)),
+    "Endless": FOREVER,
+    "Constant": dict(reward=10.0),
+    "Arms": dict(length=1, reward=float),  # a bandit: arm 1 pays 1, arm 0 nothing
+    "Target": dict(length=1, action_space=UNBOUNDED, reward=lambda a: -((a - 1) ** 2).sum()),
+    "Raises": dict(raise_after=60),
+    "NaNReward": dict(nan_after=60),
+    "Start": dict(action_space=Discrete(3, start=5)),
+    "Bounds": dict(action_space=BOUNDS, reward=lambda a: float(a.sum())),  # says what was executed
+    "Unbounded": dict(action_space=UNBOUNDED),
+    "Multi": dict(action_space=MultiDiscrete([2, 3])),
+    "Dict": dict(obs_space=VECTORS),
+    "Tuple": dict(obs_space=Tuple([COUNT, Discrete(7)])),
+    "DiscreteObs": dict(obs_space=Discrete(7)),
+    "ImageFirst": dict(obs_space=image(3, 36, 40)),
+    "ImageLast": dict(obs_space=image(36, 40, 3)),
+    "BoxDict": dict(obs_space=VECTORS, action_space=BOUNDS),
+    "BoxImage": dict(obs_space=image(36, 40, 3), action_space=BOUNDS),
+}.items():
+    gym.register(f"{name}-v0", Probe, kwargs=settings, disable_env_checker=True)

@@ -1,0 +1,83 @@
+"""Scripts as processes of their own, as `python script.py ...` starts them, but without the wait.
+
+A server that has imported the libraries forks every process, so none spends seconds on importing.
+A process may carry a bomb: a function that runs first and arranges its death."""
+import multiprocessing
+import os
+import pathlib
+import runpy
+import signal
+import sys
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "gymnasium", "matplotlib.figure"])
+
+
+class Script(CONTEXT.Process):
+    def __init__(self, path, *words, folder, bomb=None):
+        super().__init__(daemon=True)
+        self.path, self.words, self.bomb = str(path), [str(word) for word in words], bomb
+        self.folder = pathlib.Path(folder)
+        self.start()
+
+    def run(self):
+        os.chdir(self.folder)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+        sys.argv = [self.path, *self.words]
+        sys.path.insert(0, os.path.dirname(self.path))
+        if self.bomb:
+            self.bomb()
+        runpy.run_path(self.path, run_name="__main__")
+
+    def end(self):
+        """Wait for the end; give exit code, output and errors."""
+        self.join(300)
+        if self.is_alive():
+            self.kill()
+            raise RuntimeError(f"{self.path} {self.words} does not end")
+        return self.exitcode, *((self.folder / name).read_text() for name in ("stdout", "stderr"))
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_step(call):
+    """Die in the call-th step of the environments."""
+    import gymnasium as gym
+
+    step, calls = gym.vector.SyncVectorEnv.step, []
+
+    def mortal(self, actions):
+        calls.append(1)
+        return die() if len(calls) == call else step(self, actions)
+
+    gym.vector.SyncVectorEnv.step = mortal
+
+
+def die_in_save(call):
+    """Die when half of the call-th checkpoint is written."""
+    import torch
+
+    save, calls = torch.save, []
+
+    def mortal(obj, file, *args, **kwargs):
+        save(obj, file, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == call:
+            os.truncate(file, os.path.getsize(file) // 2)
+            die()
+
+    torch.save = mortal
+
+
+def die_in_rename(call):
+    """Die between writing a file and putting it in place."""
+    replace, calls = os.replace, []
+
+    def mortal(source, target):
+        calls.append(1)
+        return die() if len(calls) == call else replace(source, target)
+
+    os.replace = mortal

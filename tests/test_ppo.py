@@ -1,0 +1,491 @@
+"""PPO against independent oracles: definitions, loops, torch.distributions, numbers by hand."""
+import dataclasses
+import inspect
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import small
+from torch.distributions import Categorical, Independent, Normal
+
+import ppo
+from ppo import Agent, Args, Envs, RunningNorm
+
+COUNT = gym.spaces.Box(0, np.inf, (1,), np.float32)
+BOUNDS = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([2, 10], np.float32))
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Args)}
+PLAIN = dict(norm_obs=False, norm_returns=False, norm_advantages=False, anneal=False)
+
+
+def train(env, **changes):
+    """A short run without presets, statistics or schedules, all of which would hide the numbers."""
+    return ppo.train(Args(**DEFAULTS | small("ppo", **PLAIN) | dict(env=env) | changes))
+
+
+def copied(x):
+    return x.detach().clone() if isinstance(x, torch.Tensor) else x
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(owner, name) lists a function's calls: arguments by name, as they were, and `out`."""
+
+    def spy(owner, name):
+        function, calls = getattr(owner, name), []
+
+        def wrapper(*args, **kwargs):
+            bound = inspect.signature(function).bind(*args, **kwargs).arguments
+            calls.append({name: copied(x) for name, x in bound.items()})
+            calls[-1]["out"] = out = function(*args, **kwargs)
+            return out
+
+        monkeypatch.setattr(owner, name, wrapper)
+        return calls
+
+    return spy
+
+
+# Advantages and returns.
+
+
+@pytest.mark.parametrize("gae_lambda", [0, 0.95, 1])
+def test_gae_is_the_discounted_sum_of_deltas_up_to_the_end_of_the_episode(gae_lambda):
+    T, N, gamma = 9, 40, 0.9
+    torch.manual_seed(0)
+    rewards, values, next_values = torch.randn(3, T, N, dtype=torch.double)
+    terminations, truncations = (torch.rand(2, T, N) < 0.2).double()
+    assert terminations[-1].any() and truncations[-1].any() and (terminations * truncations).any()
+    dones = torch.maximum(terminations, truncations)
+    advantages, returns = ppo.compute_gae(
+        rewards, values, next_values, terminations, dones, gamma, gae_lambda)
+    for n in range(N):
+        for t in range(T):
+            expected = 0
+            for k in range(t, T):
+                bootstrap = 0 if terminations[k, n] else gamma * next_values[k, n]
+                delta = rewards[k, n] + bootstrap - values[k, n]
+                expected += (gamma * gae_lambda) ** (k - t) * delta
+                if dones[k, n]:
+                    break
+            assert advantages[t, n] == pytest.approx(expected.item(), abs=1e-12)
+    assert torch.allclose(returns, advantages + values)
+
+
+@pytest.mark.parametrize("env, goes_on", [
+    ("probes:Truncated-v0", 1), ("probes:Terminated-v0", 0), ("probes:Both-v0", 0)])
+def test_a_truncation_bootstraps_from_the_true_last_observation_a_termination_does_not(
+        env, goes_on, spy):
+    calls = spy(ppo, "compute_gae")
+    agent, _ = train(env, learning_rate=0, total_timesteps=64)  # V stays what it was
+    start, end = agent.value(torch.tensor([[0.0], [1.0]])).tolist()
+    assert abs(start - end) > 1e-3  # else the reset observation would pass for the last one
+    advantages, returns = calls[0]["out"]
+    expected = 2 + goes_on * 0.99 * end
+    assert torch.allclose(returns, torch.full_like(returns, expected), atol=1e-5)
+    assert torch.allclose(advantages, torch.full_like(returns, expected - start), atol=1e-5)
+
+
+def test_the_lambda_sum_stops_at_a_truncation_within_the_rollout(spy):
+    calls = spy(ppo, "compute_gae")
+    agent, _ = train("probes:Truncated3-v0", learning_rate=0, total_timesteps=64, num_steps=7,
+                     gamma=0.9, gae_lambda=1)
+    values = agent.value(torch.arange(4.0).unsqueeze(-1)).tolist()
+    full = [1 + 0.9 + 0.81 + 0.729 * values[3], 1 + 0.9 + 0.81 * values[3], 1 + 0.9 * values[3]]
+    expected = torch.tensor(full + full + [1 + 0.9 * values[1]])  # two episodes and a first step
+    assert torch.allclose(calls[0]["out"][1], expected.unsqueeze(-1).expand(7, 4), atol=1e-5)
+
+
+# The policy.
+
+
+def random_agent(action_space, obs_size=3):
+    """An agent whose policy is far from its initial near-indifference."""
+    torch.manual_seed(0)
+    space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float32)
+    agent = Agent(space, action_space, Args(norm_obs=False))
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return agent
+
+
+def test_discrete_log_probs_and_entropy_are_those_of_a_categorical():
+    agent, obs = random_agent(gym.spaces.Discrete(4)), torch.randn(50, 3)
+    expected = Categorical(logits=agent.actor(agent.encoder(obs)))
+    actions = expected.sample()
+    log_probs, entropy, values = agent.evaluate(obs, actions)
+    assert log_probs.shape == entropy.shape == values.shape == (50,)
+    assert torch.allclose(log_probs, expected.log_prob(actions), atol=1e-5)
+    assert torch.allclose(entropy, expected.entropy(), atol=1e-5)
+    assert torch.allclose(values, agent.value(obs), atol=1e-6)
+    assert torch.equal(agent.act(obs, deterministic=True), expected.probs.argmax(-1))
+
+
+@pytest.mark.parametrize("space", [BOUNDS, gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)])
+def test_box_log_probs_and_entropy_are_those_of_a_diagonal_normal(space):
+    agent, obs = random_agent(space), torch.randn(50, 3)
+    mean = agent.act(obs, deterministic=True)
+    expected = Independent(Normal(mean, agent.log_std.exp().expand_as(mean)), 1)
+    actions = expected.sample()
+    log_probs, entropy, values = agent.evaluate(obs, actions)
+    assert log_probs.shape == values.shape == (50,)
+    assert torch.allclose(log_probs, expected.log_prob(actions), atol=1e-4)
+    assert torch.allclose(entropy, expected.entropy(), atol=1e-4)
+
+
+def test_drawn_actions_are_as_frequent_as_evaluate_says():
+    agent, obs = random_agent(gym.spaces.Discrete(4)), torch.randn(1, 3)
+    torch.manual_seed(1)
+    frequencies = agent.act(obs.expand(40_000, 3)).bincount(minlength=4) / 40_000
+    log_probs, _, _ = agent.evaluate(obs.expand(4, 3), torch.arange(4))
+    assert log_probs.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert log_probs.exp().max() < 0.9  # a policy that has something to draw
+    assert torch.allclose(frequencies, log_probs.exp(), atol=0.01)
+
+
+def test_drawn_box_actions_have_the_mean_and_the_deviation_of_the_policy():
+    agent, obs = random_agent(BOUNDS), torch.randn(1, 3)
+    torch.manual_seed(1)
+    actions = agent.act(obs.expand(40_000, 3))
+    assert torch.allclose(actions.mean(0), agent.act(obs, deterministic=True)[0], atol=0.15)
+    assert torch.allclose(actions.std(0), agent.log_std.exp(), rtol=0.02)
+    # The mean of -log pi over draws from pi is its entropy, whatever else is wrong in both.
+    log_probs, entropy, _ = agent.evaluate(obs.expand(40_000, 3), actions)
+    assert -log_probs.mean().item() == pytest.approx(entropy.max().item(), abs=0.05)
+
+
+def test_at_first_actions_are_spread_over_the_bounds_of_each_dimension():
+    agent = Agent(COUNT, BOUNDS, Args(norm_obs=False))
+    obs = torch.zeros(20_000, 1)
+    torch.manual_seed(0)
+    assert torch.allclose(agent.act(obs, True)[0], torch.tensor([0.5, 5.0]), atol=0.2)
+    assert torch.allclose(agent.act(obs).std(0), torch.tensor([1.5, 5.0]), rtol=0.05)
+    for output, bound in ((-1, BOUNDS.low), (1, BOUNDS.high)):  # the actor's [-1, 1] covers them
+        torch.nn.init.zeros_(agent.actor[-1].weight)
+        torch.nn.init.constant_(agent.actor[-1].bias, output)
+        assert agent.act(obs[:1], True)[0].tolist() == bound.tolist()
+
+
+def test_the_stored_action_is_the_unclipped_one_while_the_environment_gets_a_legal_one(spy):
+    calls = spy(Agent, "evaluate")
+    train("probes:Bounds-v0", total_timesteps=64)  # the probe itself refuses illegal actions
+    actions = calls[0]["actions"].reshape(-1, 2)
+    low, high = torch.tensor(BOUNDS.low), torch.tensor(BOUNDS.high)
+    assert ((actions < low) | (actions > high)).any(0).all()  # some lie outside, in each dimension
+    assert not ((actions == low) | (actions == high)).any()  # and none was moved to a bound
+
+
+def test_images_are_bytes_until_the_network_divides_them_by_255(spy):
+    evaluated, inputs = spy(Agent, "evaluate"), []
+    agent, _ = train("probes:ImageLast-v0", total_timesteps=64)
+    obs = evaluated[0]["obs"]
+    assert obs.dtype == torch.uint8 and obs.shape[-3:] == (3, 36, 40)
+    first = next(module for module in agent.modules() if isinstance(module, torch.nn.Conv2d))
+    first.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    images = torch.randint(256, (5, 3, 36, 40), dtype=torch.uint8)
+    values = agent.value(images)
+    assert torch.allclose(inputs[0], images / 255)
+    # Leading dimensions are kept: each image has its own value.
+    stacked = agent.value(images.reshape(5, 1, 3, 36, 40))
+    assert stacked.shape == (5, 1) and torch.allclose(stacked[:, 0], values, atol=1e-6)
+
+
+# The loss.
+
+
+def test_the_surrogate_and_its_gradient_are_those_of_the_textbook():
+    torch.manual_seed(0)
+    ratio = (0.5 + torch.rand(200, dtype=torch.double)).requires_grad_()
+    advantages = torch.randn(200, dtype=torch.double)
+    clip_coef = torch.tensor(0.2, dtype=torch.double)
+    loss = ppo.clipped_surrogate(ratio, advantages, clip_coef)
+    loss.backward()
+    expected, gradient = 0, []
+    for r, a in zip(ratio.tolist(), advantages.tolist()):
+        expected -= min(r * a, min(max(r, 0.8), 1.2) * a) / 200
+        gains_nothing = r > 1.2 if a > 0 else r < 0.8
+        gradient.append(0 if gains_nothing else -a / 200)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    assert torch.allclose(ratio.grad, torch.tensor(gradient, dtype=torch.double), atol=1e-12)
+    assert 20 < gradient.count(0) < 180
+
+
+@pytest.mark.parametrize("env", ["probes:Counter-v0", "Pendulum-v1", "probes:Bounds-v0",
+                                 "probes:ImageLast-v0"])
+def test_ratios_are_1_before_the_first_update_of_each_batch_and_not_after(env, spy):
+    calls = spy(ppo, "clipped_surrogate")
+    train(env, total_timesteps=128, num_steps=8, num_minibatches=1, update_epochs=2,
+          learning_rate=1e-2, norm_obs=True, norm_returns=True, norm_advantages=True)
+    assert len(calls) == 8
+    for first, second in zip(calls[::2], calls[1::2]):
+        assert torch.allclose(first["ratio"], torch.ones(32), atol=1e-5)
+        assert not torch.allclose(second["ratio"], torch.ones(32), atol=1e-4)
+
+
+@pytest.mark.parametrize("clip_values", [False, True])
+def test_the_losses_equal_a_loop_over_single_transitions(clip_values, spy):
+    evaluated, gae = spy(Agent, "evaluate"), spy(ppo, "compute_gae")
+    _, history = train("Pendulum-v1", total_timesteps=64, num_minibatches=1, update_epochs=5,
+                       learning_rate=1e-2, clip_coef=0.05, clip_values=clip_values)
+    whole, *epochs = evaluated
+    columns = whole["actions"], whole["out"][0], gae[0]["values"], *gae[0]["out"]
+    known = {action: rest for action, *rest in zip(*(x.flatten().tolist() for x in columns))}
+    policy_loss = value_loss = 0
+    for epoch in epochs:
+        log_probs, _, values = epoch["out"]
+        assert log_probs.shape == values.shape == (64,)  # else (B, 1) might meet (B,)
+        columns = epoch["actions"], log_probs, values
+        for action, log_prob, value in zip(*(x.flatten().tolist() for x in columns)):
+            old_log_prob, old_value, advantage, target = known[action]
+            ratio = math.exp(log_prob - old_log_prob)
+            gain = min(ratio * advantage, min(max(ratio, 0.95), 1.05) * advantage)
+            policy_loss -= gain / 64 / 5
+            near = min(max(value, old_value - 0.05), old_value + 0.05) if clip_values else value
+            value_loss += max((value - target) ** 2, (near - target) ** 2) / 64 / 5
+    assert history[0]["policy_loss"] == pytest.approx(policy_loss, rel=1e-4)
+    assert history[0]["value_loss"] == pytest.approx(value_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("env", ["probes:Counter-v0", "Pendulum-v1"])
+def test_the_gradient_of_an_update_is_that_of_the_loss_on_constant_targets(env, spy):
+    evaluated, gae = spy(Agent, "evaluate"), spy(ppo, "compute_gae")
+    agent, _ = train(env, total_timesteps=64, num_minibatches=1, update_epochs=1, learning_rate=0,
+                     max_grad_norm=1e9, vf_coef=0.3, ent_coef=0.1)
+    got = {name: p.grad.clone() for name, p in agent.named_parameters()}
+    agent.zero_grad(set_to_none=False)
+    obs, actions = evaluated[0]["obs"], evaluated[0]["actions"]
+    outputs, (advantages, returns) = agent.actor(obs), gae[0]["out"]
+    pi = Categorical(logits=outputs) if agent.discrete else Independent(
+        Normal(agent.center + agent.scale * outputs, agent.log_std.exp()), 1)
+    # Where the ratio is 1, its gradient is that of log pi.
+    loss = -(pi.log_prob(actions) * advantages).mean() - 0.1 * pi.entropy().mean()
+    loss = loss + 0.3 * (agent.critic(obs).squeeze(-1) - returns).square().mean()
+    for (name, _), expected in zip(agent.named_parameters(), torch.autograd.grad(
+            loss, list(agent.parameters()))):
+        tolerance = 1e-4 * expected.abs().max()
+        assert torch.allclose(got[name], expected, rtol=1e-3, atol=tolerance), name
+
+
+def test_normalised_advantages_have_mean_0_and_deviation_1_in_each_minibatch(spy):
+    calls = spy(ppo, "clipped_surrogate")
+    train("Pendulum-v1", total_timesteps=64, norm_advantages=True)
+    for call in calls:
+        assert call["advantages"].mean().item() == pytest.approx(0, abs=1e-5)
+        assert call["advantages"].std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+# The batch.
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 4, 21])
+def test_every_transition_is_used_once_an_epoch_whatever_the_remainder(num_minibatches, spy):
+    surrogate, gae = spy(ppo, "clipped_surrogate"), spy(ppo, "compute_gae")
+    train("Pendulum-v1", total_timesteps=21, num_envs=3, num_steps=7, update_epochs=2,
+          num_minibatches=num_minibatches)
+    advantages = gae[0]["out"][0].flatten()
+    used = [call["advantages"] for call in surrogate]
+    assert len(used) == 2 * num_minibatches
+    assert max(map(len, used)) - min(map(len, used)) <= 1
+    first, second = torch.cat(used[:num_minibatches]), torch.cat(used[num_minibatches:])
+    assert len(advantages.unique()) == 21  # so that advantages tell transitions apart
+    assert torch.equal(first.sort()[0], advantages.sort()[0])
+    assert torch.equal(second.sort()[0], advantages.sort()[0])
+    assert not torch.equal(first, second) and not torch.equal(first, advantages)  # shuffled anew
+
+
+def test_a_minibatch_keeps_the_parts_of_a_transition_together(spy):
+    evaluated, surrogate = spy(Agent, "evaluate"), spy(ppo, "clipped_surrogate")
+    gae = spy(ppo, "compute_gae")
+    train("Pendulum-v1", total_timesteps=64, update_epochs=1, num_minibatches=4)
+    whole, *parts = evaluated
+    actions, advantages = whole["actions"].flatten().tolist(), gae[0]["out"][0].flatten().tolist()
+    expected = dict(zip(actions, advantages, strict=True))
+    for part, call in zip(parts, surrogate, strict=True):
+        pairs = zip(part["actions"].flatten().tolist(), call["advantages"].tolist(), strict=True)
+        assert all(expected[action] == advantage for action, advantage in pairs)
+
+
+@pytest.mark.parametrize("num_envs, num_steps, num_minibatches", [
+    (4, 8, 32), (1, 1, 1), (4, 8, 99)])
+def test_a_minibatch_of_one_or_none_leaves_everything_finite(num_envs, num_steps, num_minibatches):
+    try:
+        agent, history = train(
+            "probes:Truncated-v0", total_timesteps=64, norm_advantages=True, norm_returns=True,
+            norm_obs=True, num_envs=num_envs, num_steps=num_steps, num_minibatches=num_minibatches)
+    except ppo.UserError:
+        assert num_minibatches > num_envs * num_steps  # what cannot be done may be refused
+        return
+    assert all(value.isfinite().all() for value in agent.state_dict().values())
+    last = {name: value for name, value in history[-1].items() if not name.startswith("episode")}
+    assert all(map(math.isfinite, last.values()))
+
+
+def test_advantages_are_estimated_once_a_batch_or_anew_before_every_epoch(spy):
+    calls = spy(ppo, "compute_gae")
+    train("Pendulum-v1", total_timesteps=128, update_epochs=3, learning_rate=1e-2)
+    assert len(calls) == 2
+    calls.clear()
+    train("Pendulum-v1", total_timesteps=128, update_epochs=3, learning_rate=1e-2,
+          recompute_advantages=True)
+    assert len(calls) == 6
+    assert torch.equal(calls[0]["rewards"], calls[2]["rewards"])
+    assert not torch.equal(calls[0]["values"], calls[1]["values"])
+
+
+def test_recomputed_advantages_are_used_but_ratios_still_refer_to_the_policy_that_acted(spy):
+    surrogate, gae = spy(ppo, "clipped_surrogate"), spy(ppo, "compute_gae")
+    train("Pendulum-v1", total_timesteps=64, update_epochs=3, num_minibatches=1, learning_rate=1e-2,
+          recompute_advantages=True)
+    for call, estimate in zip(surrogate, gae, strict=True):
+        assert torch.equal(call["advantages"].sort()[0], estimate["out"][0].flatten().sort()[0])
+    assert (surrogate[2]["ratio"] - 1).abs().max() > 1e-2
+
+
+# Schedules and stopping.
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_step_size_and_clip_range_fall_linearly_from_the_start_to_the_end(anneal, monkeypatch, spy):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (
+        rates.append(float(self.param_groups[0]["lr"])), step(self, *args))[1])
+    clips = spy(ppo, "clipped_surrogate")
+    train("probes:Counter-v0", total_timesteps=640, num_minibatches=1, update_epochs=1,
+          anneal=anneal, learning_rate=1e-3, clip_coef=0.3)
+    remaining = [1 - k / 10 if anneal else 1 for k in range(10)]  # start 1, middle 0.5, end 0.1
+    assert rates == pytest.approx([1e-3 * x for x in remaining])
+    clip_coefs = [float(call["clip_coef"]) for call in clips]
+    assert clip_coefs == pytest.approx([0.3 * x for x in remaining])
+
+
+def test_target_kl_ends_a_batch_at_the_first_minibatch_beyond_it(spy):
+    calls = spy(ppo, "clipped_surrogate")
+    settings = dict(total_timesteps=128, num_minibatches=4, update_epochs=3, learning_rate=1e-2)
+    train("Pendulum-v1", **settings)
+    assert len(calls) == 2 * 12
+    calls.clear()
+    train("Pendulum-v1", target_kl=1e-9, **settings)
+    assert len(calls) == 2 * 2  # the first minibatch has ratio 1, the second exceeds it
+    calls.clear()
+    train("Pendulum-v1", target_kl=1e9, **settings)
+    assert len(calls) == 2 * 12
+
+
+def test_the_logged_kl_estimates_the_divergence_of_the_new_policy_from_the_old_one(spy):
+    calls = spy(ppo, "clipped_surrogate")
+    _, history = train("Pendulum-v1", total_timesteps=64, num_minibatches=1, update_epochs=5,
+                       learning_rate=1e-2)
+    ratio = torch.stack([call["ratio"] for call in calls])
+    expected = (ratio - 1 - ratio.log()).mean().item()  # its mean under the old policy is the KL
+    assert history[0]["kl"] == pytest.approx(expected, rel=1e-3) and expected > 1e-3
+
+
+def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (norms.append(
+        torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item()),
+        step(self, *args))[1])
+    train("Pendulum-v1", total_timesteps=64, max_grad_norm=1e-3)
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-4)
+    norms.clear()
+    train("Pendulum-v1", total_timesteps=64, max_grad_norm=1e9)
+    assert min(norms) > 0.1
+
+
+# Statistics.
+
+
+def test_explained_variance_is_1_for_a_perfect_critic_and_0_for_a_constant_one():
+    torch.manual_seed(0)
+    returns = torch.randn(1000)
+    assert ppo.explained_variance(returns, returns).item() == pytest.approx(1)
+    assert ppo.explained_variance(returns + 5, returns).item() == pytest.approx(1, abs=1e-5)
+    assert ppo.explained_variance(torch.zeros(1000), returns).item() == pytest.approx(0, abs=1e-5)
+    # Swapped arguments would make this 0.75.
+    assert ppo.explained_variance(2 * returns, returns).item() == pytest.approx(0, abs=1e-5)
+    assert math.isfinite(ppo.explained_variance(returns, torch.ones(1000)))
+
+
+def test_the_logged_explained_variance_compares_values_with_returns(spy):
+    gae = spy(ppo, "compute_gae")
+    _, history = train("Pendulum-v1", total_timesteps=64, update_epochs=1)
+    values, returns = gae[0]["values"].numpy(), gae[0]["out"][1].numpy()
+    expected = 1 - (returns - values).var() / returns.var()
+    assert history[0]["explained_variance"] == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_running_norm_knows_the_moments_of_all_it_was_given(offset):
+    generator, norm = np.random.default_rng(0), RunningNorm((3,))
+    batches = [generator.normal(offset + k, [0.5, 1, 4], (n, 3)).astype(np.float32)
+               for k, n in enumerate([1, 7, 100, 64, 64, 512])]
+    for batch in batches:
+        norm.update(torch.from_numpy(batch))
+    everything = np.concatenate(batches).astype(np.float64)
+    assert np.allclose(norm.mean, everything.mean(0), atol=1e-5 * (offset + 10))
+    assert np.allclose(norm.std, everything.std(0), rtol=1e-3)
+    outputs = norm(torch.from_numpy(batches[-1])).numpy()
+    assert np.allclose(outputs, (batches[-1] - everything.mean(0)) / everything.std(0), atol=1e-2)
+
+
+def test_observations_are_standardised_and_the_statistics_travel_in_the_state_dict():
+    agent, _ = train("probes:Counter-v0", norm_obs=True, total_timesteps=640)
+    expected = np.tile(np.arange(5), 200).astype(np.float64)  # what an episode of 5 acts on
+    state = agent.state_dict()
+    assert state["encoder.mean"].item() == pytest.approx(expected.mean(), abs=0.2)
+    fresh = Agent(COUNT, gym.spaces.Discrete(2), Args(norm_obs=True, hidden_size=16))
+    obs = torch.arange(5.0).unsqueeze(-1)
+    assert not torch.allclose(fresh.value(obs), agent.value(obs), atol=1e-3)
+    fresh.load_state_dict(state)
+    assert torch.allclose(fresh.value(obs), agent.value(obs), atol=1e-6)
+
+
+def test_the_critic_sees_scaled_rewards_while_the_history_keeps_raw_ones(spy):
+    calls = spy(ppo, "compute_gae")
+    agent, history = train("probes:Constant-v0", norm_returns=True, total_timesteps=320)
+    assert {row["episode_return"] for row in history} == {50.0}
+    assert {row["episode_length"] for row in history} == {5.0}
+    assert ppo.evaluate(agent, Args(env="probes:Constant-v0"), 7).tolist() == [50.0] * 7
+    raw, scale = [], 1.0  # the deviation of all returns until now, in the units of the rewards
+    for call in calls:
+        assert torch.allclose(call["rewards"], torch.tensor(10 / scale))
+        raw.append(call["out"][1] * scale)
+        scale = torch.cat(raw).std(correction=0).item()
+    assert len(calls) == 5 and scale > 5
+
+
+# Learning.
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_the_arm_that_pays_becomes_likelier(norms):
+    agent, _ = train("probes:Arms-v0", total_timesteps=2048, learning_rate=3e-3, norm_returns=norms,
+                     norm_advantages=norms)
+    log_probs, _, _ = agent.evaluate(torch.zeros(2, 1), torch.arange(2))
+    assert log_probs[1].exp() > 0.8
+
+
+def test_continuous_actions_move_to_the_best_one():
+    agent, _ = train("probes:Target-v0", total_timesteps=8192, num_steps=64, update_epochs=4,
+                     learning_rate=1e-2, norm_advantages=True, norm_returns=True)
+    assert torch.allclose(agent.act(torch.zeros(1, 1), True), torch.ones(1, 2), atol=0.35)
+
+
+def test_the_entropy_bonus_keeps_a_policy_undecided():
+    settings = dict(total_timesteps=2048, learning_rate=3e-3)
+    decided, _ = train("probes:Arms-v0", **settings)
+    undecided, _ = train("probes:Arms-v0", ent_coef=10.0, **settings)
+    start, arms = torch.zeros(2, 1), torch.arange(2)
+    assert undecided.evaluate(start, arms)[1][0] > 0.99 * math.log(2)
+    assert decided.evaluate(start, arms)[1][0] < 0.9 * math.log(2)
+
+
+def test_cartpole_is_learnt_within_25_thousand_steps():
+    args = Args(env="CartPole-v1", total_timesteps=25_000, seed=1, device="cpu")
+    agent, _ = ppo.train(args)
+    # A random policy gets 22, this one more than 150 with every seed tried.
+    assert ppo.evaluate(agent, args, 20).mean() > 100
