@@ -81,11 +81,11 @@ MUJOCO = dict(vf_coef=0.25, recompute_advantages=True)
 PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, num_steps=64, num_minibatches=4,
                         learning_rate=1e-3, norm_obs=False),
-    "Acrobot-v1": dict(total_timesteps=300_000, num_minibatches=16, ent_coef=0.01),
+    "Acrobot-v1": dict(total_timesteps=300_000, num_envs=4, num_minibatches=16, ent_coef=0.01),
     "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.95, learning_rate=1e-3, norm_obs=False,
                         recompute_advantages=True),
-    "LunarLander-v3": dict(num_envs=16, num_steps=1024, num_minibatches=256, update_epochs=4,
-                           gamma=0.999, gae_lambda=0.98, ent_coef=0.01),
+    "LunarLander-v3": dict(num_envs=16, num_minibatches=64, gamma=0.999, gae_lambda=0.98,
+                           ent_coef=0.01),
     "HalfCheetah-v5": MUJOCO, "Hopper-v5": MUJOCO,
     "ALE/*": dict(total_timesteps=10_000_000, num_steps=128, num_minibatches=4, update_epochs=4,
                   learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01)}
