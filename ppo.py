@@ -35,7 +35,7 @@ from torch import nn
 
 
 # ============================================================================== Hyperparameters
-def arg(default, help, low=-math.inf, high=math.inf):
+def arg(default, help, low=-3e38, high=3e38):
     return field(default=default, metadata=dict(help=help, limits=[low, high]))
 
 
@@ -428,11 +428,16 @@ class Envs:
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
         sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Id may be
         with blame(f"cannot make {env_id}"):
-            if env_id.startswith("ALE/"):
+            if atari := env_id.startswith("ALE/"):
                 gym.register_envs(__import__("ale_py"))
+            if atari and not kwargs:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    autoreset_mode="SameStep", **kwargs)
+                                    autoreset_mode="SameStep")
             else:
+                if atari:  # the fast version cannot be filmed
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
+                    kwargs["frameskip"] = 1
                 mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
                 envs = gym.make_vec(env_id, num_envs, "sync", mode, [*wrappers, prepare], **kwargs)
         self.envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
@@ -535,8 +540,9 @@ class Run:
         average(stop)
         if stop:
             self.finish()
-            print(f"stopped; to go on: python {NAME}.py --resume {self.folder}", file=sys.stderr)
-            raise SystemExit(128 + Run.signal)
+            if self.folder:
+                print(f"stopped; --resume {self.folder} goes on from here", file=sys.stderr)
+            raise SystemExit(128 + (Run.signal or signal.SIGTERM))
         if due := self.step >= self.due:
             self.save()
             every = self.args.checkpoint_every or max(  # leave episodes the time to end

@@ -9,22 +9,23 @@ COUNT = Box(0, np.inf, (1,), np.float32)
 
 
 class Probe(gym.Env):
-    """After `length` steps the episode `ends` as (terminated, truncated); the reward is constant.
+    """After `length` steps, or one of several, an episode `ends` as (terminated, truncated).
 
-    It counts only the steps of this episode, except for `raise_after` and `nan_after`, which count
-    all. It refuses actions that are not in its space."""
+    `raise_after` and `nan_after` count the steps of all episodes. The reward is a constant or a
+    function of the action. Actions that are not in the space are refused."""
 
     metadata = {"render_modes": []}
 
     def __init__(self, obs_space=COUNT, action_space=Discrete(2), length=5, ends=(True, False),
                  reward=1.0, raise_after=np.inf, nan_after=np.inf):
         self.observation_space, self.action_space = obs_space, action_space
-        self.length, self.ends, self.reward = length, ends, reward
+        self.lengths, self.ends, self.reward = np.atleast_1d(length), ends, reward
         self.raise_after, self.nan_after, self.steps, self.all_steps = raise_after, nan_after, 0, 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.steps = 0
+        self.length = self.np_random.choice(self.lengths)
         return observe(self.observation_space, self.steps), {}
 
     def step(self, action):
@@ -70,6 +71,7 @@ for name, settings in {
     "Truncated3": dict(length=3, ends=(False, True)),
     "Endless": FOREVER,
     "Constant": dict(reward=10.0),
+    "Uneven": dict(length=(1, 9)),
     "Arms": dict(length=1, reward=float),  # a bandit: arm 1 pays 1, arm 0 nothing
     "Target": dict(length=1, action_space=UNBOUNDED, reward=lambda a: -((a - 1) ** 2).sum()),
     "Raises": dict(raise_after=60),

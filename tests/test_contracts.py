@@ -225,6 +225,18 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(script, modul
     assert not same(a.state_dict(), c.state_dict())
 
 
+def test_training_and_evaluation_meet_other_episodes_and_so_do_other_seeds(
+        script, module, monkeypatch):
+    reset, seeds = module.Envs.reset, []
+    monkeypatch.setattr(module.Envs, "reset", lambda self, seed: (
+        seeds.append(seed), reset(self, seed))[1])
+    for seed in (1, 2):
+        args = module.Args(**small(script, env=some_env(module), seed=seed, checkpoint_every=128))
+        agent, _ = module.train(args)
+        module.evaluate(agent, args, 40)
+    assert len(seeds) > 8 and len(set(seeds)) == len(seeds)
+
+
 def test_training_from_python_writes_nothing_and_reads_no_command_line(
         script, module, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["notebook", "--no-such-flag"])
@@ -257,6 +269,18 @@ def test_the_same_evaluation_scores_the_same_and_each_episode_counts_once(script
     returns = [module.evaluate(agent, args, 25) for _ in range(2)]
     assert returns[0].shape == (25,) and (returns[0] == returns[1]).all()
     assert len(set(returns[0])) > 1
+
+
+def test_an_evaluation_takes_the_mode_and_does_not_prefer_short_episodes(
+        script, module, monkeypatch):
+    args = module.Args(**small(script, env=probe(module, "Uneven"), total_timesteps=64))
+    agent, _ = module.train(args)
+    act, modes = module.Agent.act, []
+    monkeypatch.setattr(module.Agent, "act", lambda self, obs, deterministic=False: (
+        modes.append(deterministic), act(self, obs, deterministic))[1])
+    returns = module.evaluate(agent, args, 400)
+    assert all(modes) and modes
+    assert returns.mean() == pytest.approx(5, abs=0.8)  # episodes of 1 and of 9, four deviations
 
 
 def test_the_users_own_environment_is_found_in_the_current_folder(script, module, tmp_path):
@@ -373,13 +397,14 @@ def test_actions_are_clipped_to_the_bounds_of_each_dimension(script, module):
         assert rewards.tolist() == [sum(action) for action in executed]  # so the probe pays
 
 
-def test_atari_frames_follow_each_other_even_where_an_episode_ends(script, module):
+def test_atari_rewards_are_raw_and_frames_follow_each_other_where_an_episode_ends(script, module):
     pytest.importorskip("ale_py")
     if "Discrete" not in module.ACTION_SPACES:
         pytest.skip("Atari has discrete actions")
-    obs, next_obs, _, terminations, dones, envs = rollout(
-        module, "ALE/Breakout-v5", 40, num_envs=2, max_num_frames_per_episode=60)
-    assert obs.shape == (40, 2, 4, 84, 84) and obs.dtype == torch.uint8
+    obs, next_obs, rewards, _, dones, envs = rollout(
+        module, "ALE/MsPacman-v5", 100, num_envs=2, max_num_frames_per_episode=360)
+    assert obs.shape == (100, 2, 4, 84, 84) and obs.dtype == torch.uint8
+    assert rewards.max() == 10  # a dot; clipped it would be 1
     assert dones.any() and len(envs.episodes) == dones.sum()
     assert torch.equal(next_obs[:, :, :3], obs[:, :, 1:])  # a stack of frames moves up by one
 

@@ -11,7 +11,7 @@ from conftest import small
 from torch.distributions import Categorical, Independent, Normal
 
 import ppo
-from ppo import Agent, Args, Envs, RunningNorm
+from ppo import Agent, Args, RunningNorm
 
 COUNT = gym.spaces.Box(0, np.inf, (1,), np.float32)
 BOUNDS = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([2, 10], np.float32))
