@@ -67,6 +67,7 @@ class Args:
     max_grad_norm: float = arg(0.5, "longer gradients are scaled down to this norm", 0)
     target_kl: float = arg(0.0, "leave a batch when KL(old || new) exceeds this; 0 is never", 0)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
+    log_std: float = arg(0.0, "log of the first deviation of actions, as a part of their bounds")
     norm_obs: bool = arg(True, "standardise vector observations by running statistics")
     norm_returns: bool = arg(True, "scale the critic by the running deviation of the returns")
 
@@ -81,12 +82,12 @@ MUJOCO = dict(vf_coef=0.25, recompute_advantages=True)
 PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, num_steps=64, num_minibatches=4,
                         learning_rate=1e-3, norm_obs=False),
-    "Acrobot-v1": dict(total_timesteps=300_000, num_envs=4, num_minibatches=16, ent_coef=0.01),
+    "Acrobot-v1": dict(total_timesteps=300_000, num_envs=4, num_minibatches=16),
     "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.95, learning_rate=1e-3, norm_obs=False,
                         recompute_advantages=True),
     "LunarLander-v3": dict(num_envs=16, num_minibatches=64, gamma=0.999, gae_lambda=0.98,
                            ent_coef=0.01),
-    "HalfCheetah-v5": MUJOCO, "Hopper-v5": MUJOCO,
+    "HalfCheetah-v5": MUJOCO | dict(log_std=-0.5), "Hopper-v5": MUJOCO,
     "ALE/*": dict(total_timesteps=10_000_000, num_steps=128, num_minibatches=4, update_epochs=4,
                   learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"
@@ -159,7 +160,7 @@ class Agent(nn.Module):
             bounded = (high - low).isfinite()
             self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
             self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0))
-            self.log_std = nn.Parameter(self.scale.log())
+            self.log_std = nn.Parameter(self.scale.log() + args.log_std)
 
     def value(self, obs):
         return self.critic(self.encoder(obs)).squeeze(-1)
