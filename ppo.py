@@ -525,7 +525,7 @@ class Run:
         if RANK == 0:
             chosen = [f"{name}={value}" + "*" * (preset(args.env).get(name) == value)
                       for name, value in asdict(args).items() if value != getattr(Args, name)]
-            print(f"{NAME} on {envs.device}, * from the preset:", *chosen, flush=True)
+            print(f"{NAME}: {args.env} on {envs.device} (* from the preset):", *chosen, flush=True)
         gc.collect(), gc.freeze()  # what exists by now stays; searching it slowed rollouts by 10 %
 
     @classmethod
@@ -607,6 +607,7 @@ class Run:
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
         self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
 
