@@ -82,7 +82,8 @@ MUJOCO = dict(vf_coef=0.25, recompute_advantages=True)
 PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, num_steps=64, num_minibatches=4,
                         learning_rate=1e-3, norm_obs=False),
-    "Acrobot-v1": dict(total_timesteps=300_000, num_envs=4, num_minibatches=16),
+    "Acrobot-v1": dict(total_timesteps=300_000, num_envs=4, num_minibatches=16,
+                       learning_rate=6e-4),
     "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.95, learning_rate=1e-3, norm_obs=False,
                         recompute_advantages=True),
     "LunarLander-v3": dict(num_envs=16, num_minibatches=64, gamma=0.999, gae_lambda=0.98,
