@@ -603,6 +603,9 @@ class Run:
     def finish(self):
         """Save what there is and draw the learning curve."""
         self.save()
+        if WORLD_SIZE > 1:  # together and before the interpreter goes, or its threads abort
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
         if not self.folder:
             return
         try:
