@@ -603,9 +603,6 @@ class Run:
     def finish(self):
         """Save what there is and draw the learning curve."""
         self.save()
-        if WORLD_SIZE > 1:  # together and before the interpreter goes, or its threads abort
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
         if not self.folder:
             return
         try:
@@ -696,6 +693,9 @@ def main():
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
             if render:
                 evaluate(agent, args, 1, render_mode="human")
+        if WORLD_SIZE > 1:  # at an ordinary exit gloo's threads now and then abort the process
+            torch.distributed.barrier()
+            sys.stdout.flush(), os._exit(0)
     except (UserError, FloatingPointError, KeyboardInterrupt) as error:
         codes = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130}
         fail(str(error) or "interrupted", codes[type(error)])

@@ -704,9 +704,11 @@ seeds, reset = [], module.Envs.reset
 module.Envs.reset = lambda self, seed: (seeds.append(seed), reset(self, seed))[1]
 agent, history = module.train(module.Args(**{small(script, env=some_env(module), run_dir="run")!r}))
 torch.save((agent.state_dict(), seeds, history[-1]["step"]), f"rank{{module.RANK}}.pt")
+torch.distributed.barrier()
+sys.stdout.flush(), os._exit(0)  # as main() ends
 """)
     done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "driver.py",
-                  cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                  cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
     (a, seeds, steps), (b, other_seeds, other_steps) = (
         torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
