@@ -139,7 +139,7 @@ class MLP(nn.Sequential):
 
     def forward(self, x):
         for layer in self:
-            x = layer.forward(x)  # layer(x) would take half as long again, to look for hooks
+            x = layer.forward(x)  # layer(x) would look for hooks, of which there are none
         return x
 
 
