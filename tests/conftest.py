@@ -1,5 +1,6 @@
 """What all tests share: the scripts that exist, small settings for each, a folder for each test."""
 import importlib
+import inspect
 import pathlib
 import signal
 import sys
@@ -106,3 +107,26 @@ def command(script, module, monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return command
+
+
+def copied(x):
+    return x.detach().clone() if isinstance(x, torch.Tensor) else x
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(owner, name) lists a function's calls: arguments by name, as they were, and `out`."""
+
+    def spy(owner, name):
+        function, calls = getattr(owner, name), []
+
+        def wrapper(*args, **kwargs):
+            bound = inspect.signature(function).bind(*args, **kwargs).arguments
+            calls.append({name: copied(x) for name, x in bound.items()})
+            calls[-1]["out"] = out = function(*args, **kwargs)
+            return out
+
+        monkeypatch.setattr(owner, name, wrapper)
+        return calls
+
+    return spy

@@ -344,6 +344,29 @@ def test_next_obs_follows_obs_even_where_an_episode_ends(script, module):
     assert envs.episodes == [(i, 5.0, 5) for i in range(3)] * 2
 
 
+def test_the_environments_say_where_an_episode_begins(script, module):
+    envs = module.Envs(probe(module, "Uneven"), 5, torch.device("cpu"))  # episodes of 1 and of 9
+    envs.reset(1)
+    begins = []
+    for _ in range(30):
+        assert torch.equal(envs.begins.bool(), envs.obs.squeeze(-1) == 0)
+        begins.append(envs.begins)
+        envs.step(torch.zeros(5, dtype=torch.long))
+    assert 0 < torch.stack(begins[1:]).mean() < 1
+
+
+def test_an_evaluation_tells_an_agent_that_asks_where_episodes_begin(script, module):
+    args = module.Args(**small(script, env=probe(module, "Uneven"), total_timesteps=64))
+    agent, _ = module.train(args)
+    obs, begins, act = [], [], agent.act
+    object.__setattr__(agent, "begin", lambda x: begins.append(x.clone()))
+    object.__setattr__(agent, "act", lambda x, deterministic: (obs.append(x), act(x, True))[1])
+    module.evaluate(agent, args, 40)
+    assert len(begins) == len(obs) > 2
+    for first, x in zip(begins, obs):
+        assert torch.equal(first.bool(), x.squeeze(-1) == 0)
+
+
 @pytest.mark.parametrize("name, termination", [("Terminated", 1), ("Truncated", 0), ("Both", 1)])
 def test_a_truncation_is_done_but_no_termination(script, module, name, termination):
     obs, next_obs, rewards, terminations, dones, _ = rollout(module, probe(module, name), 4)

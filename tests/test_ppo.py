@@ -1,6 +1,5 @@
 """PPO against independent oracles: definitions, loops, torch.distributions, numbers by hand."""
 import dataclasses
-import inspect
 import math
 
 import gymnasium as gym
@@ -24,29 +23,6 @@ PLAIN = dict(norm_obs=False, norm_returns=False, norm_advantages=False, anneal=F
 def train(env, **changes):
     """A short run without presets, statistics or schedules, all of which would hide the numbers."""
     return ppo.train(Args(**DEFAULTS | small("ppo", **PLAIN) | dict(env=env) | changes))
-
-
-def copied(x):
-    return x.detach().clone() if isinstance(x, torch.Tensor) else x
-
-
-@pytest.fixture
-def spy(monkeypatch):
-    """spy(owner, name) lists a function's calls: arguments by name, as they were, and `out`."""
-
-    def spy(owner, name):
-        function, calls = getattr(owner, name), []
-
-        def wrapper(*args, **kwargs):
-            bound = inspect.signature(function).bind(*args, **kwargs).arguments
-            calls.append({name: copied(x) for name, x in bound.items()})
-            calls[-1]["out"] = out = function(*args, **kwargs)
-            return out
-
-        monkeypatch.setattr(owner, name, wrapper)
-        return calls
-
-    return spy
 
 
 # Advantages and returns.
