@@ -17,10 +17,12 @@ SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
 
 # Settings that make a run of a few hundred steps exercise all of a script.
 SMALL = {
+    "a2c": dict(num_envs=4, num_steps=4, hidden_size=16),
     "ppo": dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2, hidden_size=16),
 }
 # Settings with which training must diverge: in its metrics first, or in its weights first.
 DIVERGENT = {
+    "a2c": [dict(learning_rate=1e30), dict(learning_rate=3e38, optimizer="adam")],
     "ppo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1, update_epochs=1)],
 }
 # One environment for each kind of actions, and for each other kind of space a script may meet.
