@@ -19,11 +19,13 @@ SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
 SMALL = {
     "a2c": dict(num_envs=4, num_steps=4, hidden_size=16),
     "ppo": dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2, hidden_size=16),
+    "trpo": dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2, hidden_size=16),
 }
 # Settings with which training must diverge: in its metrics first, or in its weights first.
 DIVERGENT = {
     "a2c": [dict(learning_rate=1e30), dict(learning_rate=3e38, optimizer="adam")],
     "ppo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1, update_epochs=1)],
+    "trpo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1, update_epochs=1)],
 }
 # One environment for each kind of actions, and for each other kind of space a script may meet.
 ENVS = {"Discrete": "CartPole-v1", "Box": "Pendulum-v1"}
