@@ -88,6 +88,8 @@ PRESETS = {  # what is known to work; keys may be patterns
                         recompute_advantages=True),
     "LunarLander-v3": dict(num_envs=16, num_minibatches=64, gamma=0.999, gae_lambda=0.98,
                            ent_coef=0.01),
+    "MountainCar-v0": dict(num_envs=16, num_steps=128, num_minibatches=16, update_epochs=4,
+                           learning_rate=1e-3, gae_lambda=0.98),
     "HalfCheetah-v5": MUJOCO | dict(log_std=-0.5), "Hopper-v5": MUJOCO,
     "ALE/*": dict(total_timesteps=10_000_000, num_steps=128, num_minibatches=4, update_epochs=4,
                   learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01)}

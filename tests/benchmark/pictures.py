@@ -1,0 +1,101 @@
+"""Draw the pictures of the README from what run.py and compare.py recorded in results/."""
+import collections
+import csv
+import pathlib
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+HERE = pathlib.Path(__file__).resolve().parent
+GREY = "#808080"  # readable on white and on black
+COLOURS = {  # Okabe and Ito's, which colour-blind readers can tell apart
+    "reinforce": "#999999", "a2c": "#56B4E9", "ppo": "#0072B2", "trpo": "#009E73", "dqn": "#CC79A7",
+    "ddpg": "#D55E00", "naf": "#E69F00", "cem": "#8C6BB1", "es": "#B2A000", "mbrl_mpc": "#E6194B"}
+matplotlib.rcParams.update({
+    "svg.fonttype": "none", "svg.hashsalt": "curves", "font.size": 11, "text.color": GREY,
+    "axes.edgecolor": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none"})
+
+
+def label(row):
+    return row.flags.split()[-1] if row.flags else row.script
+
+
+def curves(row, read):
+    """Mean and deviation over seeds of the return, at common steps, or None."""
+    runs = [run[2] for seed in range(1, row.seeds + 1) if (run := read(row, seed))]
+    runs = [run[np.isfinite(run[:, 2])] for run in runs]
+    runs = [run for run in runs if len(run) > 1]
+    if not runs:
+        return None
+    first, last = max(run[0, 0] for run in runs), min(run[-1, 0] for run in runs)
+    steps = np.geomspace(first, last, 60)
+    returns = np.array([np.interp(steps, run[:, 0], run[:, 2]) for run in runs])
+    return steps, returns.mean(0), returns.std(0)
+
+
+def panel(axes, rows, read):
+    """Every row's curve, its band over seeds, and its target at the step that it is due."""
+    for row in rows:
+        if (found := curves(row, read)) is None:
+            continue
+        steps, mean, std = found
+        colour = COLOURS[label(row)]
+        axes.plot(steps, mean, color=colour, label=label(row), linewidth=2)
+        axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+        axes.plot([steps[-1] / 2, steps[-1]], [row.published] * 2, color=colour, linestyle=":")
+    axes.set(title=rows[0].env, xscale="log")
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize=9, frameon=False, labelcolor=GREY)
+
+
+def grid(rows, read, path, columns=3):
+    by_env = collections.defaultdict(list)
+    for row in rows:
+        if curves(row, read) is not None:
+            by_env[row.env].append(row)
+    lines = -(-len(by_env) // columns)
+    figure = Figure((4 * columns, 3 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for ax, rows_of_env in zip(axes, by_env.values()):
+        panel(ax, rows_of_env, read)
+    for ax in axes[len(by_env):]:
+        ax.axis("off")
+    figure.supxlabel("environment steps")
+    figure.supylabel("return while training; dotted: best published")
+    save(figure, path)
+
+
+def bars(path):
+    """Ratios of speed to the peers', with the spread of their pairs."""
+    with open(HERE / "results/speed.csv") as file:
+        rows = list(csv.DictReader(file))[::-1]
+    ratio, low, high = (np.array([float(row[key]) for row in rows])
+                        for key in ("ratio", "low", "high"))
+    figure = Figure((8, 0.5 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([row["name"] for row in rows], ratio, color="#0072B2", height=0.6,
+              xerr=[ratio - low, high - ratio], error_kw=dict(ecolor=GREY, capsize=3))
+    axes.axvline(1, color=GREY, linestyle=":")
+    for place, value in enumerate(ratio):
+        axes.text(0.05, place, f"{value:.1f}", va="center", color="white")
+    axes.set(xlabel="times the steps per second of Stable-Baselines3, same cores, in turn")
+    save(figure, path)
+
+
+def save(figure, path):
+    figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+
+
+def draw():
+    from run import ROWS, read
+    grid(ROWS, read, HERE / "curves.svg")
+    pendulum = [row for row in ROWS if row.env == "Pendulum-v1"]
+    figure = Figure((7, 4), layout="constrained")
+    axes = figure.subplots()
+    panel(axes, pendulum, read)
+    axes.set(xlabel="environment steps", ylabel="return while training")
+    save(figure, HERE / "pendulum.svg")
+    if (HERE / "results/speed.csv").exists():
+        bars(HERE / "speed.svg")

@@ -1,0 +1,220 @@
+"""Train, score and record every figure of the README; print them as a table.
+
+    python tests/benchmark/run.py --quick      all nine scripts on one task each, a few minutes
+    python tests/benchmark/run.py              everything that is not recorded yet, many hours
+    python tests/benchmark/run.py --only ppo   the rows that contain the word
+    python tests/benchmark/run.py --table      train nothing, only read what is recorded
+    python tests/benchmark/run.py --readme     put the table into the README, draw its pictures
+
+One process per core with one torch thread each. Each finished run is a file of results/: its
+command, versions and processor, the returns of its final agent on fresh episodes, and its learning
+curve. Such a run is not run again; one that was interrupted is resumed from its checkpoint in
+runs/benchmark/. To measure a row anew, delete its files."""
+import argparse
+import collections
+import concurrent.futures
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+RUNS = ROOT / "runs/benchmark"
+
+Row = collections.namedtuple("Row", "script env steps published seeds flags episodes",
+                             defaults=[5, "", 100])
+# `published` is the best return that was found for the algorithm at this number of steps.
+ROWS = [
+    Row("reinforce", "CartPole-v1", 200_000, 495),
+    Row("reinforce", "InvertedPendulum-v5", 3_000_000, 999),
+    Row("reinforce", "HalfCheetah-v5", 3_000_000, 884, seeds=3),
+    Row("a2c", "CartPole-v1", 200_000, 497),
+    Row("a2c", "Acrobot-v1", 300_000, -84.0),
+    Row("a2c", "InvertedDoublePendulum-v5", 1_000_000, 9258, seeds=3),
+    Row("a2c", "HalfCheetah-v5", 1_000_000, 1830, seeds=3),
+    Row("ppo", "CartPole-v1", 100_000, 500),
+    Row("ppo", "Acrobot-v1", 300_000, -81.3),
+    Row("ppo", "Pendulum-v1", 100_000, -172, episodes=500),
+    Row("ppo", "LunarLander-v3", 1_000_000, 242, seeds=3),
+    Row("ppo", "Hopper-v5", 1_000_000, 2609, seeds=3),
+    Row("ppo", "HalfCheetah-v5", 1_000_000, 5784, seeds=3),
+    Row("ppo", "MountainCar-v0", 1_000_000, -110, seeds=3),
+    Row("trpo", "CartPole-v1", 100_000, 500),
+    Row("trpo", "Hopper-v5", 1_000_000, 3372),
+    Row("trpo", "HalfCheetah-v5", 1_000_000, 4471, seeds=3),
+    Row("trpo", "Walker2d-v5", 1_000_000, 4502, seeds=3),
+    Row("trpo", "Swimmer-v5", 1_000_000, 359, seeds=3),
+    Row("dqn", "CartPole-v1", 50_000, 500),
+    Row("dqn", "MountainCar-v0", 120_000, -100.8),
+    Row("dqn", "Acrobot-v1", 100_000, -76.6),
+    Row("dqn", "LunarLander-v3", 300_000, 195, seeds=3),
+    Row("ddpg", "Pendulum-v1", 20_000, -152, episodes=500),
+    Row("ddpg", "HalfCheetah-v5", 100_000, 4339),
+    Row("naf", "Pendulum-v1", 20_000, -152, episodes=500),
+    Row("naf", "InvertedPendulum-v5", 100_000, 1000),
+    Row("cem_es", "CartPole-v1", 50_000, 500, flags="--method cem"),
+    Row("cem_es", "CartPole-v1", 50_000, 500, flags="--method es"),
+    Row("cem_es", "InvertedPendulum-v5", 455_000, 1000, flags="--method es"),
+    Row("cem_es", "HalfCheetah-v5", 1_000_000, 2894, seeds=3, flags="--method cem"),
+    Row("cem_es", "Swimmer-v5", 2_000_000, 355, seeds=3, flags="--method es"),
+    Row("mbrl_mpc", "CartPole-v1", 5_000, 500),
+    Row("mbrl_mpc", "Pendulum-v1", 4_000, -160),
+]
+QUICK = [row for row in ROWS if (row.script, row.env) in {
+    ("reinforce", "CartPole-v1"), ("a2c", "CartPole-v1"), ("ppo", "CartPole-v1"),
+    ("trpo", "CartPole-v1"), ("dqn", "CartPole-v1"), ("ddpg", "Pendulum-v1"),
+    ("naf", "Pendulum-v1"), ("mbrl_mpc", "CartPole-v1")} or row.flags == "--method cem"
+    and row.env == "CartPole-v1"]
+
+
+def name(row, seed):
+    words = [row.script, row.env, str(row.steps), *row.flags.replace("--", "").split(), str(seed)]
+    return "__".join(words)
+
+
+def command(row, seed):
+    return (f"python {row.script}.py --env {row.env} --total-timesteps {row.steps} --seed {seed} "
+            f"{row.flags}".strip() + f" --episodes {row.episodes}" * (row.episodes != 100))
+
+
+def train(row, seed, results):
+    """Run the command, or what is left of it, and record what came out."""
+    folder = RUNS / name(row, seed)
+    words = ["--device", "cpu", "--run-dir", str(folder)]
+    words = shlex.split(command(row, seed))[2:] + words
+    if (folder / "checkpoint.pt").exists():
+        words = ["--resume", str(folder), "--episodes", str(row.episodes)]
+    done = subprocess.run([sys.executable, str(ROOT / f"{row.script}.py"), *words],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise RuntimeError(f"{name(row, seed)}: {(done.stderr.strip() or '?').splitlines()[-1]}")
+    score = re.search(r"return (-?[\d.]+) ± ([\d.]+) over", done.stdout.splitlines()[-1])
+    with open(folder / "metrics.csv") as file:
+        header, *rows = (line.strip().split(",") for line in file)
+    columns = [header.index(column) for column in ("step", "seconds", "episode_return")]
+    record(results, row, seed, float(score[1]), float(score[2]),
+           [[float(values[i]) for i in columns] for values in rows])
+    shutil.rmtree(folder)
+
+
+def record(results, row, seed, mean, std, curve):
+    """Write NAME.csv: comments with the figures, then at most 100 points of the curve."""
+    versions = " ".join(f"{package} {importlib.metadata.version(package)}"
+                        for package in ("numpy", "torch", "gymnasium"))
+    thin = curve[:: -(-len(curve) // 100)]
+    thin += [curve[-1]] * (thin[-1] != curve[-1])
+    lines = [f"# command: {command(row, seed)}",
+             f"# versions: Python {platform.python_version()} {versions}",
+             f"# processor: {processor()}",
+             f"# return: {mean} std {std} episodes {row.episodes}", "step,seconds,episode_return",
+             *(f"{step:.0f},{seconds:.1f},{value:.2f}" for step, seconds, value in thin)]
+    results.mkdir(parents=True, exist_ok=True)
+    part = results / f"{name(row, seed)}.part"
+    part.write_text("\n".join(lines) + "\n")
+    os.replace(part, results / f"{name(row, seed)}.csv")
+
+
+def processor():
+    info = pathlib.Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{os.cpu_count()} x {models[0] if models else platform.machine()}"
+
+
+def read(row, seed, results=HERE / "results"):
+    """(return, seconds, curve (points, 3)) of a recorded run, or None."""
+    path = results / f"{name(row, seed)}.csv"
+    if not path.exists():
+        return None
+    text = path.read_text()
+    curve = np.array([[float(x) for x in line.split(",")]
+                      for line in text.splitlines() if line[0].isdigit()])
+    return float(re.search(r"# return: (\S+)", text)[1]), curve[-1, 1], curve
+
+
+def statistics(returns):
+    """Mean, deviation, interquartile mean, worst and 95 % bootstrap interval over seeds."""
+    returns = np.sort(returns)
+    cut = len(returns) // 4
+    means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(1)
+    return dict(mean=returns.mean(), std=returns.std(), iqm=returns[cut:len(returns) - cut].mean(),
+                worst=returns[0], low=np.percentile(means, 2.5), high=np.percentile(means, 97.5))
+
+
+def number(x):
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.1f}"
+
+
+def table(rows, results=HERE / "results"):
+    """The recorded rows in Markdown."""
+    lines = ["| script | environment | steps | seeds | mean ± std | IQM | worst | 95 % interval | "
+             "published | seconds |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        runs = {seed: run for seed in range(1, row.seeds + 1) if (run := read(row, seed, results))}
+        if not runs:
+            continue
+        s = statistics([run[0] for run in runs.values()])
+        seeds = f"{min(runs)}–{max(runs)}" if len(runs) == max(runs) else ", ".join(map(str, runs))
+        script = f"`{row.script}.py{' ' * bool(row.flags)}{row.flags}`"
+        seconds = np.mean([run[1] for run in runs.values()])
+        lines.append(
+            f"| {script} | {row.env} | {row.steps:,} | {seeds} | "
+            f"{number(s['mean'])} ± {number(s['std'])} | {number(s['iqm'])} | "
+            f"{number(s['worst'])} | {number(s['low'])} to {number(s['high'])} | "
+            f"{number(row.published)} | {seconds:,.0f} |")
+    return "\n".join(lines).replace("| -", "| −").replace("to -", "to −")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="seed 1 of one row of each script")
+    parser.add_argument("--only", default="", help="rows whose script, task or flags contain this")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--readme", action="store_true", help="train nothing, rewrite the README")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="one per core")
+    args = parser.parse_args()
+    results = HERE / "results"
+    if args.quick:  # always anew
+        results = RUNS / "quick"
+        shutil.rmtree(results, ignore_errors=True)
+    rows = [row for row in (QUICK if args.quick else ROWS)
+            if args.only in f"{row.script} {row.env} {row.flags}"]
+    jobs = [(row, seed) for row in rows for seed in range(1, 2 if args.quick else row.seeds + 1)
+            if not read(row, seed, results)]
+    if args.table or args.readme:
+        jobs = []
+    failures, began = [], time.time()
+    with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
+        futures = {pool.submit(train, *job, results): job for job in jobs}
+        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            row, seed = futures[future]
+            if future.exception():
+                failures.append(str(future.exception()))
+            left = (time.time() - began) / done * (len(jobs) - done)
+            score = "failed" if future.exception() else number(read(row, seed, results)[0])
+            print(f"{done} of {len(jobs)}: {name(row, seed)} {score}, about {left / 60:.0f} "
+                  "minutes left", flush=True)
+    print(table(rows, results))
+    if args.readme:
+        from pictures import draw
+        draw()
+        path = ROOT / "README.md"
+        text = re.sub(r"(?<=<!-- results -->\n).*?(?=\n<!-- end -->)", lambda _: table(ROWS),
+                      path.read_text(), flags=re.DOTALL)
+        path.write_text(text)
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()
