@@ -1,0 +1,786 @@
+# SPDX-License-Identifier: MIT
+"""Deep Q-Network (DQN): learn what each action is worth, then take the one worth most.
+
+Q(obs, a) is the return after action a if all later actions are the best. It obeys Bellman's
+equation, so DQN regresses it on its own next values: on transitions drawn from a replay buffer,
+in which neighbours do not resemble each other, and with the next values of a target network that
+stands still for a while.
+
+(1)  td_target = sum_{k<n} gamma^k * rewards[t + k] + gamma^n * (1 - terminations) * next_value
+     with n = n_step steps, or those until the episode ends
+(2)  next_value = target_Q(next_obs, argmax_a target_Q(next_obs, a)), or argmax_a Q(...) if double
+(3)  loss = E[importance * huber(Q(obs, actions) - td_target)]
+(4)  target_weights = weights every target_every steps, or
+     target_weights = target_weights + tau * (weights - target_weights) at each update
+(5)  actions = argmax_a Q(obs, a), but uniform with probability epsilon; or draws from
+     softmax(Q(obs, .) / temperature): epsilon and temperature are `exploration`, falling linearly
+(6)  P(i) = p_i^alpha / sum_j p_j^alpha with p = |Q(obs, actions) - td_target| if prioritized
+     importance = (N * P(i))^-beta / max_i, with beta rising to 1; without priorities it is 1
+(7)  Q(obs, a) = V(obs) + A(obs, a) - mean_a A(obs, a) if dueling
+
+    repeat
+        take train_every steps with the actions (5) into the buffer
+        num_updates times, with batch_size transitions of the buffer, drawn alike or by (6)
+            take one Adam step down the gradient of the loss (3)
+        let the target network follow (4)
+
+Mnih et al. 2015, Nature 518; double arXiv:1509.06461, dueling arXiv:1511.06581, prioritized
+arXiv:1511.05952, n-step as in Rainbow, arXiv:1710.02298. V and A share all layers but the last,
+updates come in rounds as large as the pause before, and where a time limit cuts an episode off,
+the value of the state goes on. Example: --env LunarLander-v3 --prioritized
+"""
+import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
+import random, re, signal, sys, time, traceback, typing
+from dataclasses import asdict, dataclass, field, fields
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ============================================================================== Hyperparameters
+def arg(default, help, low=-3e38, high=3e38):
+    return field(default=default, metadata=dict(help=help, limits=[low, high]))
+
+
+@dataclass
+class Args:
+    # The run: the same in every script.
+    env: str = arg("CartPole-v1", "environment id; module:Id imports the module first")
+    total_timesteps: int = arg(1_000_000, "steps over all environments and processes", 1)
+    num_envs: int = arg(4, "parallel environments in each process", 1)
+    seed: int = arg(1, "seed of the networks, the environments and every draw", 0)
+    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
+    threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
+    run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
+    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
+    # The algorithm.
+    buffer_size: int = arg(100_000, "transitions that the replay buffer holds", 1)
+    batch_size: int = arg(128, "transitions of an update", 1)
+    learning_starts: int = arg(1000, "steps of random actions before learning", 0)
+    train_every: int = arg(1, "steps of each environment between rounds of updates", 1)
+    num_updates: int = arg(4, "updates in a round", 1)
+    learning_rate: float = arg(6e-4, "Adam's step size", 0)
+    anneal: bool = arg(True, "lower learning_rate linearly to 0")
+    gamma: float = arg(0.99, "discount factor", 0, 1)
+    target_every: int = arg(250, "steps between copies into the target; 0 is to follow by tau", 0)
+    tau: float = arg(0.005, "how far the target moves to the network at each update", 0, 1)
+    max_grad_norm: float = arg(10.0, "longer gradients are scaled down to this norm", 0)
+    exploration: typing.Literal["epsilon", "boltzmann"] = arg("epsilon", "epsilon or boltzmann (5)")
+    exploration_start: float = arg(1.0, "epsilon or temperature at the first step", 0)
+    exploration_end: float = arg(0.05, "epsilon or temperature in the end", 0)
+    exploration_fraction: float = arg(0.15, "part of the run in which it falls to that", 0, 1)
+    double: bool = arg(True, "let Q choose the action that the target network values (2)")
+    dueling: bool = arg(False, "split Q into the state's value and the actions' advantages (7)")
+    prioritized: bool = arg(False, "draw transitions by their last error (6)")
+    alpha: float = arg(0.6, "how much (6) heeds the errors", 0)
+    beta: float = arg(0.4, "how much of that importance corrects at first", 0, 1)
+    n_step: int = arg(1, "rewards in (1) before the next value", 1)
+    frame_stack: int = arg(1, "frames in each image; of more than one the buffer keeps the last", 1)
+    hidden_size: int = arg(256, "units in each of the two hidden layers", 1)
+
+    def __init__(self, **given):
+        """What is given beats the environment's preset, which beats the default."""
+        defaults = {f.name: f.default for f in fields(self)}
+        vars(self).update(defaults | preset(given.get("env", self.env)) | given)
+        check(self)
+
+
+PRESETS = {  # what is known to work; keys may be patterns
+    "CartPole-v1": dict(total_timesteps=50_000, num_envs=8, train_every=32, num_updates=128,
+                        batch_size=64, learning_rate=2.3e-3, target_every=10,
+                        exploration_end=0.04, exploration_fraction=0.16),
+    "MountainCar-v0": dict(total_timesteps=120_000, num_envs=1, train_every=16, num_updates=8,
+                           buffer_size=10_000, learning_rate=4e-3, gamma=0.98, target_every=600,
+                           exploration_end=0.07, exploration_fraction=0.2),
+    "Acrobot-v1": dict(total_timesteps=100_000, buffer_size=50_000, exploration_end=0.1,
+                       exploration_fraction=0.12),
+    "LunarLander-v3": dict(total_timesteps=300_000, buffer_size=50_000, exploration_end=0.1,
+                           exploration_fraction=0.12),
+    "ALE/*": dict(total_timesteps=10_000_000, buffer_size=1_000_000, frame_stack=4, num_envs=8,
+                  batch_size=32, learning_starts=80_000, train_every=4, num_updates=8,
+                  learning_rate=1e-4, target_every=8000, exploration_end=0.01,
+                  exploration_fraction=0.1)}
+ACTION_SPACES = "Discrete",
+
+
+# ===================================================================================== Networks
+class NatureCNN(nn.Sequential):
+    """Images (..., C, H, W) of bytes to features (..., 512), as in Mnih et al. 2015."""
+
+    def __init__(self, shape):
+        super().__init__(nn.Conv2d(shape[0], 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2),
+                         nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten())
+        self.extend([nn.Linear(self(torch.zeros(1, *shape)).shape[-1], 512), nn.ReLU()])
+
+    def forward(self, images):
+        features = super().forward(images.flatten(0, -4) / 255)
+        return features.unflatten(0, images.shape[:-3])
+
+
+class MLP(nn.Sequential):
+    def __init__(self, *sizes):
+        layers = [layer for n, m in zip(sizes, sizes[1:]) for layer in (nn.Linear(n, m), nn.ReLU())]
+        super().__init__(*layers[:-1])
+
+    def forward(self, x):
+        for layer in self:
+            x = layer.forward(x)  # layer(x) would look for hooks, of which there are none
+        return x
+
+
+class Agent(nn.Module):
+    """The values Q of the actions, and the policy that follows from them."""
+
+    def __init__(self, obs_space, action_space, args):
+        super().__init__()
+        if len(obs_space.shape) == 3:
+            self.encoder, sizes = NatureCNN(obs_space.shape), [512]
+        else:
+            self.encoder = nn.Identity()
+            sizes = [obs_space.shape[0], args.hidden_size, args.hidden_size]
+        self.dueling, self.boltzmann = args.dueling, args.exploration == "boltzmann"
+        self.num_actions = int(action_space.n)
+        self.q_network = MLP(*sizes, self.num_actions + self.dueling)
+        self.register_buffer("exploration", torch.tensor(args.exploration_start))
+
+    def q_values(self, obs):
+        """Q(obs, .): (..., num_actions) for obs (..., *shape)."""
+        outputs = self.q_network(self.encoder(obs))
+        if self.dueling:
+            values, advantages = outputs[..., :1], outputs[..., 1:]
+            return values + advantages - advantages.mean(-1, keepdim=True)                  # (7)
+        return outputs
+
+    @torch.inference_mode()
+    def act(self, obs, deterministic=False):
+        """Actions (N,) for obs (N, *shape): the best ones, or with exploration (5)."""
+        q_values = self.q_values(obs)
+        if self.boltzmann and not deterministic:
+            # With Gumbel noise the argmax is a draw from the softmax.
+            q_values = q_values - self.exploration * torch.empty_like(q_values).exponential_().log()
+        actions = q_values.argmax(-1)
+        if self.boltzmann or deterministic:
+            return actions
+        at_random = torch.rand(len(actions), device=actions.device) < self.exploration
+        return torch.where(at_random, torch.randint_like(actions, self.num_actions), actions)
+
+
+class ReplayBuffer:
+    """The last `size` transitions, as tensors (size // num_envs, num_envs, ...) on the device.
+
+    Where an observation stacks frames, only the newest frame is kept, and no next_obs."""
+
+    def __init__(self, size, frame_stack, *transition):
+        """One transition of every environment shows what the tensors must hold."""
+        obs, device = transition[0], transition[0].device
+        if obs.shape[1] % frame_stack:
+            raise UserError(f"frame_stack is {frame_stack}, which does not divide the observation "
+                            f"{tuple(obs.shape[1:])}")
+        self.frame_stack, self.channels = frame_stack, obs.shape[1] // frame_stack
+        self.rows, self.num_envs, self.count = size // len(obs), len(obs), 0
+        self.highest = torch.ones((), device=device)  # of all priorities until now
+        transition = self.kept(*transition)
+        needed = self.rows * sum(x.nbytes for x in transition)
+        there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else (
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        if needed > there:
+            raise UserError(f"buffer_size is {size:,}, which needs {needed:,} bytes of memory; "
+                            f"there are {there:,}")
+        if RANK == 0:
+            print(f"replay buffer: {self.rows * self.num_envs:,} transitions, "
+                  f"{needed / 1e6:,.1f} MB")
+        self.data = [torch.zeros(self.rows, *x.shape, dtype=x.dtype, device=device)
+                     for x in transition]
+
+    def kept(self, obs, begins, actions, next_obs, rewards, terminations):
+        """What the buffer holds of a transition; as yet without an error it is drawn soon (6)."""
+        if self.frame_stack > 1:
+            obs, next_obs = obs[:, -self.channels:], next_obs[:, :0]
+        return obs, begins, actions, next_obs, rewards, terminations, self.highest.expand(len(obs))
+
+    def add(self, *transition):
+        """Put one transition of every environment in the place of the oldest."""
+        for x, new in zip(self.data, self.kept(*transition)):
+            x[self.count % self.rows] = new
+        self.count += 1
+
+    def sample(self, batch_size, gamma, n_step, beta=None):
+        """Transitions (batch_size, ...) with n_step rewards each, drawn alike or, with beta, by
+        their priorities; first their indices, last their importance."""
+        # The oldest row may come after the newest one, but it does not go on from there.
+        self.data[1][self.count % self.rows] = 1
+        obs, begins, actions, next_obs, rewards, terminations, priorities = (
+            x.flatten(0, 1) for x in self.data)
+        filled = min(self.count, self.rows) * self.num_envs
+        if beta is None:
+            index = torch.randint(filled, (batch_size,), device=obs.device)
+            importance = torch.ones(batch_size, device=obs.device)
+        else:
+            index, importance = draw_prioritized(priorities[:filled], batch_size, beta)
+        last, returns, discounts = n_step_returns(
+            index, rewards, terminations, begins, self.num_envs, gamma, n_step)
+        if self.frame_stack == 1:
+            obs, next_obs = obs[index], next_obs[last]
+        else:  # without weight where frames are missing: soon after the beginning, at a time limit
+            follower = (last + self.num_envs) % len(begins)
+            next_obs, next_whole = stack(obs, begins, follower, self.num_envs, self.frame_stack)
+            obs, whole = stack(obs, begins, index, self.num_envs, self.frame_stack)
+            importance = importance * (whole & (next_whole | (terminations[last] > 0)))
+        return index, obs, actions[index], returns, next_obs, discounts, importance
+
+    def prioritize(self, index, td_errors, alpha):
+        priorities = (td_errors.abs() + 1e-6).pow(alpha)
+        self.data[-1].view(-1)[index] = priorities
+        torch.maximum(self.highest, priorities.max(), out=self.highest)
+
+    def state_dict(self):
+        filled = min(self.count, self.rows)
+        return dict(count=self.count, highest=self.highest,
+                    data=[torch.from_numpy(x[:filled].numpy(force=True)) for x in self.data])
+
+    def load_state_dict(self, saved):
+        self.count = saved["count"]
+        self.highest.copy_(saved["highest"])
+        for x, old in zip(self.data, saved["data"], strict=True):
+            x[:min(self.count, self.rows)] = old
+
+
+# ==================================================================================== Algorithm
+def linear_schedule(start, end, part):
+    """From start to end while `part` goes from 0 to 1, and then the end."""
+    return start + (end - start) * min(part, 1)
+
+
+def draw_prioritized(priorities, batch_size, beta):
+    """Indices (B,) of priorities, each drawn in proportion to its own, and their importance (6).
+
+    The sum of all is cut into B equal parts and one point drawn in each."""
+    sums = priorities.cumsum(0, dtype=torch.double)
+    points = torch.rand(batch_size, dtype=torch.double, device=sums.device)
+    points = (points + torch.arange(batch_size, device=sums.device)) * (sums[-1] / batch_size)
+    index = torch.searchsorted(sums, points, right=True).clamp(max=len(sums) - 1)
+    importance = (len(sums) * priorities[index] / sums[-1]).float().pow(-beta)
+    return index, importance / importance.max()
+
+
+def n_step_returns(index, rewards, terminations, begins, num_envs, gamma, n_step):
+    """The sums of (1) from these indices on: the indices where they end, the sums themselves, and
+    the factor of the next value.
+
+    They stop early where no row goes on: where an episode ends or was left, and at the newest."""
+    last, returns, discounts = index, rewards[index], torch.full_like(rewards[index], gamma)
+    for _ in range(n_step - 1):
+        follower = (last + num_envs) % len(begins)
+        goes_on = 1 - begins[follower]
+        last = torch.where(goes_on > 0, follower, last)
+        returns = returns + goes_on * discounts * rewards[last]
+        discounts = torch.where(goes_on > 0, gamma * discounts, discounts)
+    return last, returns, discounts * (1 - terminations[last])
+
+
+def stack(frames, begins, index, num_envs, frame_stack):
+    """Stacks of the frames that end at these indices, and whether each is of one episode."""
+    back = torch.arange(1 - frame_stack, 1, device=index.device) * num_envs
+    index = (index.unsqueeze(-1) + back) % len(frames)  # (B, frame_stack)
+    return frames[index].flatten(1, 2), (begins[index[:, 1:]] == 0).all(-1)
+
+
+def td_target(returns, discounts, next_q_values, choosing_q_values):
+    """The target (1): Q's choice of the next action, valued by the target network (2)."""
+    next_actions = choosing_q_values.argmax(-1, keepdim=True)
+    return returns + discounts * next_q_values.gather(-1, next_actions).squeeze(-1)
+
+
+def train(args, resume=""):
+    """Train, from the start or on from the run folder `resume`; return agent and history."""
+    if args.learning_starts >= args.total_timesteps:
+        raise UserError(f"learning_starts is {args.learning_starts:,}, "
+                        f"beyond the {args.total_timesteps:,} total_timesteps")
+    if args.buffer_size < max(args.batch_size, args.num_envs):
+        raise UserError(f"buffer_size is {args.buffer_size:,}, below batch_size or num_envs")
+    device = setup(args)
+    envs = Envs(args.env, args.num_envs, device)
+    agent, target = (Agent(envs.obs_space, envs.action_space, args).to(device) for _ in range(2))
+    weights, target_weights = flatten(agent), flatten(target)
+    target_weights.copy_(weights)
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    optimizer = torch.optim.Adam([weights], learning_rate, fused=True,
+                                 capturable=device.type == "cuda")
+    obs = envs.tensor(np.zeros((args.num_envs, *envs.obs_space.shape)), envs.dtype)
+    zeros = torch.zeros(args.num_envs, device=device)
+    buffer = ReplayBuffer(args.buffer_size, args.frame_stack, obs, zeros, zeros.long(), obs, zeros,
+                          zeros)
+    run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
+
+    def update(obs, actions, returns, next_obs, discounts, importance):
+        """Take one Adam step on a batch (B, ...); return its losses, errors and values (3, B)."""
+        with torch.no_grad():
+            next_q_values = target.q_values(next_obs)
+            choosing_q_values = agent.q_values(next_obs) if args.double else next_q_values  # (2)
+            targets = td_target(returns, discounts, next_q_values, choosing_q_values)       # (1)
+        q_values = agent.q_values(obs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        losses = importance * F.huber_loss(q_values, targets, reduction="none")
+        weights.grad.zero_()
+        losses.mean().backward()                                                            # (3)
+        average(weights.grad)
+        weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
+        optimizer.step()
+        if not args.target_every:
+            target_weights.lerp_(weights, args.tau)                                         # (4)
+        return torch.stack([losses, q_values - targets, q_values]).detach()
+
+    act, update = (capture(f, device) for f in (agent.act, update))
+    while run.step < args.total_timesteps:
+        run.checkpoint()
+        done = run.step / args.total_timesteps
+        optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - done * args.anneal))
+        beta = linear_schedule(args.beta, 1, done) if args.prioritized else None
+        agent.exploration.fill_(linear_schedule(
+            args.exploration_start, args.exploration_end, done / args.exploration_fraction))
+
+        for _ in range(args.train_every):
+            obs, begins, actions = envs.obs, envs.begins, act(envs.obs)
+            if run.step < args.learning_starts:
+                actions = torch.randint_like(actions, agent.num_actions)
+            next_obs, rewards, terminations, _ = envs.step(actions)
+            buffer.add(obs, begins, actions, next_obs, rewards, terminations)
+        before, run.step = run.step, run.step + args.train_every * args.num_envs * WORLD_SIZE
+        if run.step < args.learning_starts:
+            run.progress()
+            continue
+
+        if args.target_every and run.step // args.target_every > before // args.target_every:
+            target_weights.copy_(weights)                                                   # (4)
+        for _ in range(args.num_updates):
+            index, *batch = buffer.sample(args.batch_size, args.gamma, args.n_step, beta)
+            losses, td_errors, q_values = update(*batch)
+            if args.prioritized:
+                buffer.prioritize(index, td_errors, args.alpha)                             # (6)
+        run.log(loss=losses.mean(), q_values=q_values.mean(), exploration=agent.exploration)
+    run.finish()
+    return agent, run.history
+
+
+# ===================================================================================== Plumbing
+# The same text in all nine scripts: processes, environments, run folder and command line.
+
+NAME = pathlib.Path(__file__).stem
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+SCRIPTS = {"Discrete": "reinforce, a2c, ppo, trpo, dqn, cem_es, mbrl_mpc",
+           "Box": "reinforce, a2c, ppo, trpo, ddpg, naf, cem_es, mbrl_mpc"}
+
+
+class UserError(ValueError):
+    """Something the user can put right: one line on the command line, exit code 2."""
+
+
+@contextlib.contextmanager
+def blame(what):
+    """Tell any exception of this block as a UserError about `what`."""
+    try:
+        yield
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"{what}: {why} ({os.path.basename(at.filename)}:{at.lineno})") from error
+
+
+def preset(env):
+    return next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(env, key)), {})
+
+
+def check(args):
+    """Refuse settings that do not exist or are outside their limits."""
+    known = {f.name: f for f in fields(args)}
+    for name, value in vars(args).items():
+        if name not in known:
+            raise UserError(f"there is no setting {name}")
+        (low, high), choices = known[name].metadata["limits"], typing.get_args(known[name].type)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise UserError(f"{name} is {value}, which is not between {low} and {high}")
+        if choices and value not in choices:
+            raise UserError(f"{name} is {value}, which is none of {', '.join(choices)}")
+
+
+def seed_all(*key):
+    """Seed every generator with a number drawn from the key; return it for the environments."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    return seed
+
+
+def setup(args):
+    """Take the device, join the other processes, and seed the networks alike in all of them."""
+    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    with blame(f"device {name} cannot be used"):
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # warm-up must not use the default stream
+    torch.set_num_threads(args.threads)
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    seed_all(0, args.seed)
+    return device
+
+
+def flatten(module):
+    """Make all parameters views of one vector, and their gradients views of the vector's.
+
+    What treats all weights alike, as optimisers do, then takes one call; a fifth of an update."""
+    parameters = list(module.parameters())
+    vector = nn.utils.parameters_to_vector(parameters).detach()
+    vector.grad = torch.zeros_like(vector)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, data, grad in zip(parameters, vector.split(sizes), vector.grad.split(sizes)):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return vector
+
+
+def average(*tensors):
+    """Average tensors over the processes, in place; alone, do nothing."""
+    for tensor in tensors if WORLD_SIZE > 1 else ():
+        torch.distributed.all_reduce(tensor)
+        tensor /= WORLD_SIZE
+
+
+def capture(function, device):
+    """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
+
+    Three calls warm up, the fourth is recorded, and all count. Elsewhere, `function` itself."""
+    if device.type != "cuda" or WORLD_SIZE > 1:
+        return function
+    calls, graphs = collections.Counter(), {}
+
+    def replay(*inputs):
+        shapes = tuple(x.shape for x in inputs)
+        calls[shapes] += 1
+        if calls[shapes] <= 3:
+            return function(*inputs)
+        if shapes not in graphs:
+            graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph):
+                graphs[shapes] = graph, held, function(*held)
+        graph, held, output = graphs[shapes]
+        for mine, given in zip(held, inputs):
+            mine.copy_(given)
+        graph.replay()
+        return output.clone()
+
+    return replay
+
+
+class Prepare(gym.Wrapper):
+    """Byte images channels first, every other observation as a flat vector, and no infos.
+
+    Nobody reads the infos, and gathering them took a tenth of a step."""
+
+    def __init__(self, env):
+        space = env.observation_space
+        if space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36:
+            if space.shape[0] > space.shape[2]:
+                box = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), np.uint8)
+                env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0), box)
+        elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)
+        super().__init__(env)
+
+    def step(self, action):
+        return *self.env.step(action)[:4], {}
+
+
+class Envs:
+    """Copies of an environment, stepped in turn; every tensor is (num_envs, ...) on `device`.
+
+    `obs` is what to act on, `begins` is 1 where it begins an episode; `episodes` gathers
+    (environment, return, length) of those that end."""
+
+    def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
+        sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Id may be
+        with blame(f"cannot make {env_id}"):
+            if atari := env_id.startswith("ALE/"):
+                gym.register_envs(__import__("ale_py"))
+            if atari and not kwargs:
+                envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
+                                    autoreset_mode="SameStep")
+            else:
+                if atari:  # the fast version cannot be filmed
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
+                    kwargs["frameskip"] = 1
+                mode = dict(autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, copy=False)
+                envs = gym.make_vec(env_id, num_envs, "sync", mode, [*wrappers, Prepare], **kwargs)
+        self.envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
+        self.id, self.device, self.episodes = env_id, device, []
+        self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
+        self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
+        kind = type(self.action_space).__name__
+        if kind not in ACTION_SPACES:
+            raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
+                            f"these scripts do: {SCRIPTS.get(kind, 'none')}")
+
+    def tensor(self, array, dtype=np.float32):
+        return torch.from_numpy(np.array(array, dtype)).to(self.device)
+
+    def reset(self, seed):
+        """Begin an episode everywhere, in environment i with seed + i or, of a list, seed[i]."""
+        with blame(f"{self.id} failed to reset"):
+            self.obs = self.tensor(self.envs.reset(seed=seed)[0], self.dtype)
+        self.begins = torch.ones(len(self.obs), device=self.device)
+
+    def step(self, actions):
+        """Act; return next_obs, rewards, terminations and dones.
+
+        next_obs is where the actions led, also where an episode ended and `obs` begins the next."""
+        actions, space = actions.cpu().numpy(), self.action_space
+        if isinstance(space, gym.spaces.Discrete):
+            actions = actions + space.start
+        else:
+            if not np.isfinite(actions).all():
+                raise FloatingPointError("the agent's actions are not finite")
+            actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
+        with blame(f"{self.id} failed"):
+            obs, rewards, terminations, truncations, infos = self.envs.step(actions)
+        if not np.isfinite(rewards).all():
+            raise UserError(f"{self.id} gave the rewards {rewards.tolist()}")
+        self.obs = next_obs = self.tensor(obs, self.dtype)
+        dones = terminations | truncations
+        if dones.any():
+            ended, ends = dones.nonzero()[0], infos["episode"]
+            self.episodes += zip(*(x.tolist() for x in (ended, ends["r"][ended], ends["l"][ended])))
+            next_obs = next_obs.clone()
+            next_obs[ended] = self.tensor(np.stack(list(infos["final_obs"][ended])), self.dtype)
+        rewards, terminations, self.begins = map(self.tensor, (rewards, terminations, dones))
+        return next_obs, rewards, terminations, self.begins
+
+
+def load(folder, device="cpu"):
+    """The checkpoint of the run in `folder`."""
+    with blame(f"{folder} holds no checkpoint that can be read"):
+        saved = torch.load(pathlib.Path(folder, "checkpoint.pt"), device, weights_only=True)
+        script = saved["script"]
+    if script != NAME:
+        raise UserError(f"{folder} is a run of {script}.py, not of {NAME}.py")
+    return saved
+
+
+class Run:
+    """A training run: its progress, its folder, and checkpoints from which it goes on exactly.
+
+    The trainer counts `step`. `state` are the objects whose state_dict a checkpoint keeps."""
+
+    signal = 0  # the last that asked to stop
+
+    def __init__(self, args, envs, resume, **state):
+        self.args, self.envs, self.state, self.board = args, envs, state, None
+        saved = dict(step=0, history=[], recent=[], seconds=0)
+        if resume:
+            saved = load(resume, envs.device)
+        with blame(f"{resume} does not fit these settings"):
+            for name in state if resume else ():
+                state[name].load_state_dict(saved[name])
+        self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
+        self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
+        self.began, self.said = time.time() - saved["seconds"], saved["seconds"]
+        self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
+        if self.folder:
+            if not resume and (self.folder / "checkpoint.pt").exists():
+                raise UserError(f"{self.folder} holds a run; --resume goes on with it")
+            with blame(f"cannot write to {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(asdict(args), indent=2)
+            self.write("args.json", lambda path: path.write_text(text))
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.folder, purge_step=self.step)
+        if RANK == 0:
+            chosen = [f"{name}={value}" + "*" * (preset(args.env).get(name) == value)
+                      for name, value in asdict(args).items() if value != getattr(Args, name)]
+            print(f"{NAME}: {args.env} on {envs.device} (* from the preset):", *chosen, flush=True)
+        gc.collect(), gc.freeze()  # what exists by now stays; searching it slowed rollouts by 10 %
+
+    @classmethod
+    def ask_to_stop(cls, number, frame):
+        cls.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one does not ask
+
+    def checkpoint(self):
+        """Where one is due: save, seed everything from the step, and begin new episodes.
+
+        What follows depends on the checkpoint alone, so a resumed run repeats an unbroken one."""
+        stop = Run.signal
+        if WORLD_SIZE > 1:  # all stop as soon as one is asked to
+            average(stop := torch.tensor(float(stop), device=self.envs.device))
+        if stop:
+            self.finish()
+            if self.folder:
+                print(f"stopped; --resume {self.folder} goes on from here", file=sys.stderr)
+            raise SystemExit(128 + (Run.signal or signal.SIGTERM))
+        if due := self.step >= self.due:
+            self.save()
+            every = self.args.checkpoint_every or max(  # leave episodes the time to end
+                self.args.total_timesteps // 10, 2000 * self.args.num_envs * WORLD_SIZE)
+            self.due = (self.step // every + 1) * every
+            self.envs.reset(seed_all(1, self.args.seed, self.step, RANK))
+        return due
+
+    def save(self):
+        for name, value in self.state["agent"].state_dict().items():
+            if not value.isfinite().all():
+                raise FloatingPointError(f"the agent's {name} is not finite at step {self.step:,}")
+        saved = dict(script=NAME, args=asdict(self.args), step=self.step, history=self.history,
+                     recent=list(self.recent), seconds=time.time() - self.began)
+        saved |= {name: module.state_dict() for name, module in self.state.items()}
+        self.write("checkpoint.pt", lambda path: torch.save(saved, path))
+
+    def write(self, name, write):
+        """Write beside the file, then rename: neither a kill nor a full disk can break it."""
+        if self.folder:
+            with blame(f"cannot write {self.folder / name}"):
+                write(self.folder / f"{name}.part")
+                os.replace(self.folder / f"{name}.part", self.folder / name)
+
+    def progress(self, always=False):
+        """Take in the finished episodes and, every two seconds, say where the run is."""
+        self.recent += self.envs.episodes
+        self.envs.episodes.clear()
+        seconds = time.time() - self.began
+        if RANK == 0 and (always or seconds > self.said + 2):
+            speed, self.said = self.step / seconds, seconds
+            left = max(0, self.args.total_timesteps - self.step) / max(speed, 1e-8)
+            print(f"step {self.step:,} of {self.args.total_timesteps:,}: "
+                  f"return {self.mean_episode()[1]:.1f}, {speed:,.0f} steps/s, {left:.0f} s left",
+                  flush=True)
+
+    def mean_episode(self):
+        return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
+
+    def log(self, **metrics):
+        """Keep 200 rows of metrics a run, everywhere it is kept."""
+        self.progress()
+        last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
+        if self.step * 200 // total == last * 200 // total:
+            return
+        _, episode_return, episode_length = self.mean_episode()
+        row = {name: float(value) for name, value in metrics.items()}
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at step {self.step:,}")
+        row = dict(step=self.step, seconds=time.time() - self.began, episode_return=episode_return,
+                   episode_length=episode_length) | row
+        self.history.append(row)
+        rows = [row, *(row.values() for row in self.history)]
+        self.write("metrics.csv", lambda path: path.write_text(
+            "".join(",".join(map(str, row)) + "\n" for row in rows)))
+        for name, value in row.items() if self.board else ():
+            self.board.add_scalar(name, value, self.step)
+
+    def finish(self):
+        """Save what there is and draw the learning curve."""
+        self.progress(always=True)
+        self.save()
+        if not self.folder:
+            return
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            print("learning_curve.png needs matplotlib", file=sys.stderr)
+            return
+        axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
+        axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
+        axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
+                 xlabel="environment steps", ylabel="return, mean of 20 episodes")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(alpha=0.3)
+        self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
+
+
+def evaluate(agent, args, episodes=100, **kwargs):
+    """The returns (episodes,) of the deterministic policy on fresh episodes.
+
+    In each round every environment counts once, so that short episodes do not count more often."""
+    num_envs, returns = min(episodes, 20), []
+    envs = Envs(args.env, num_envs, next(agent.parameters()).device, **kwargs)
+    while len(returns) < episodes:
+        envs.reset(seed_all(2, args.seed, len(returns)))
+        envs.episodes, first, steps = [], {}, 0
+        while len(first) < num_envs:
+            if hasattr(agent, "begin"):  # a planner forgets its plans where an episode begins
+                agent.begin(envs.begins)
+            envs.step(agent.act(envs.obs, deterministic=True))
+            first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
+            if steps == 100_000:
+                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
+        returns += [first[i] for i in range(num_envs)]
+    envs.envs.close()
+    return np.array(returns[:episodes])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--evaluate", metavar="RUN", help="score the agent of the run")
+    parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
+    parser.add_argument("--video", action="store_true", default=False, help="film one more")
+    parser.add_argument("--render", action="store_true", default=False, help="show one more")
+    for f in fields(Args):
+        kind = str if typing.get_args(f.type) else f.type
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)
+        help = f"{f.metadata['help']} ({f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
+
+    def fail(message, code=2):
+        print(f"{NAME}.py: {message}", file=sys.stderr)
+        raise SystemExit(code)
+
+    parser.error = fail
+    given = vars(parser.parse_args())
+    episodes, video, render = (given.pop(name) for name in ("episodes", "video", "render"))
+    if episodes < 1:
+        fail(f"episodes is {episodes}, which is not at least 1")
+    resume, score = given.pop("resume", ""), given.pop("evaluate", "")
+    try:
+        saved = load(resume or score) if resume or score else dict(args={})
+        args = Args(**saved["args"] | given)
+        args.run_dir = resume or score or args.run_dir or "runs/{}__{}__{}__{}".format(
+            re.sub("[:/]", "-", args.env), NAME, args.seed, time.strftime("%y%m%d-%H%M%S"))
+        if score:
+            envs, history = Envs(args.env, 1, setup(args)), saved["history"]
+            agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
+            with blame(f"{score} does not fit these settings"):
+                agent.load_state_dict(saved["agent"])
+        else:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, Run.ask_to_stop)
+            agent, history = train(args, resume)
+            if Run.signal:
+                raise SystemExit(128 + Run.signal)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if RANK == 0:
+            returns = evaluate(agent, args, episodes)
+            step, seconds = ((history or [saved])[-1][name] for name in ("step", "seconds"))
+            print(f"{args.env}: return {returns.mean():.1f} ± {returns.std():.1f} over {episodes} "
+                  f"episodes, {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s; "
+                  f"{args.run_dir}")
+            if video:
+                folder = f"{args.run_dir}/videos"
+                film = functools.partial(gym.wrappers.RecordVideo, video_folder=folder,
+                                         episode_trigger=lambda episode: episode == 0)
+                evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
+            if render:
+                evaluate(agent, args, 1, render_mode="human")
+        if WORLD_SIZE > 1:  # at an ordinary exit gloo's threads now and then abort the process
+            torch.distributed.barrier()
+            sys.stdout.flush(), os._exit(0)
+    except (UserError, FloatingPointError, KeyboardInterrupt) as error:
+        codes = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130}
+        fail(str(error) or "interrupted", codes[type(error)])
+
+
+if __name__ == "__main__":
+    main()
