@@ -19,9 +19,9 @@ learn from a buffer of old transitions, towards slowly moving copies of themselv
 
 Lillicrap et al. 2015, arXiv:1509.02971; (3) is Silver et al. 2014. As in most later work there is
 no batch normalisation and no weight decay, the critic sees the action from its first layer on, the
-first actions are uniform, and the default noise is Gaussian. Both networks take their steps at once,
-which saves a pass; images have one encoder, which the critic trains; and where a time limit cuts an
-episode off, the value of the state goes on. Example: --env HalfCheetah-v5
+first actions are uniform, and the default noise is Gaussian. Both networks take their steps at
+once; both see images through one encoder, which learns from the critic's loss; and where a time
+limit cuts an episode off, the value of the state goes on. Example: --env HalfCheetah-v5
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -94,7 +94,8 @@ class NatureCNN(nn.Sequential):
 
 class MLP(nn.Sequential):
     def __init__(self, *sizes):
-        layers = [layer for n, m in zip(sizes, sizes[1:]) for layer in (nn.Linear(n, m), nn.ReLU())]
+        layers = [layer for n, m in zip(sizes, sizes[1:])
+                  for layer in (nn.Linear(n, m), nn.ReLU(inplace=True))]
         super().__init__(*layers[:-1])
 
     def forward(self, x):
@@ -111,37 +112,35 @@ class Agent(nn.Module):
         low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
                      for bound in (action_space.low, action_space.high))
         if not (high - low).isfinite().all():
-            raise UserError(f"{args.env} has actions without finite bounds, which {NAME} cannot "
-                            f"explore; these scripts can: reinforce, a2c, ppo, trpo")
-        for name, bound in dict(low=low, high=high).items():
+            raise UserError(f"{args.env} has actions without finite bounds, which {NAME} does not "
+                            f"take; these scripts do: reinforce, a2c, ppo, trpo")
+        for name, bound in dict(low=low, high=high, center=(low + high) / 2,
+                                scale=(high - low) / 2).items():
             self.register_buffer(name, bound)
         if len(obs_space.shape) == 3:
             self.encoder, size = NatureCNN(obs_space.shape), 512
         else:
             self.encoder, size = nn.Identity(), obs_space.shape[0]
-        hidden = args.hidden_size, args.hidden_size
+        hidden = [args.hidden_size, args.hidden_size]
         self.actor = MLP(size, *hidden, len(low))
         self.critic = MLP(size + len(low), *hidden, 1)
 
     def mu(self, features):
-        """The actions (..., action_dim) that should maximise Q, as parts of their bounds."""
-        return self.actor(features).tanh()
+        """The actions (..., action_dim) that should maximise Q, within the bounds."""
+        return self.center + self.scale * self.actor(features).tanh()
 
-    def q_values(self, features, parts):
-        return self.critic(torch.cat([features, parts], -1)).squeeze(-1)
-
-    def parts(self, actions):
-        """Actions between their bounds as numbers from -1 to 1."""
-        return (2 * actions - self.low - self.high) / (self.high - self.low)
+    def q_values(self, features, actions):
+        """Q (...) of actions (..., action_dim), which it sees as numbers from -1 to 1."""
+        actions = (actions - self.center) / self.scale
+        return self.critic(torch.cat([features, actions], -1)).squeeze(-1)
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False, noise=0.0):
-        """Actions (N, action_dim) for obs (N, *shape): mu(obs), with the noise or without."""
-        parts = self.mu(self.encoder(obs))
+        """Actions (N, action_dim) for obs (N, *shape): mu(obs), moved by noise or not."""
+        actions = self.mu(self.encoder(obs))
         if not deterministic:
-            parts = parts + noise
-        actions = self.low + (self.high - self.low) / 2 * (parts + 1)
-        return actions.clamp(self.low, self.high)
+            actions = actions + self.scale * noise
+        return actions.clamp(self.low, self.high)  # so that what is stored is what is done
 
 
 class ReplayBuffer:
@@ -176,7 +175,8 @@ class ReplayBuffer:
 
     def state_dict(self):
         filled = min(self.count, self.rows)
-        return dict(count=self.count, data=[x[:filled].clone() for x in self.data])
+        return dict(count=self.count,
+                    data=[torch.from_numpy(x[:filled].numpy(force=True)) for x in self.data])
 
     def load_state_dict(self, saved):
         self.count = saved["count"]
@@ -211,15 +211,17 @@ def train(args, resume=""):
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam([weights], learning_rate, fused=True,
                                  capturable=device.type == "cuda")
-    noise, zeros = torch.zeros(args.num_envs, len(agent.low), device=device), 0 * envs.begins
-    buffer = ReplayBuffer(args.buffer_size, envs.obs, noise, envs.obs, zeros, zeros)
+    obs = envs.tensor(np.zeros((args.num_envs, *envs.obs_space.shape)), envs.dtype)
+    noise = torch.zeros(args.num_envs, len(agent.low), device=device)
+    buffer = ReplayBuffer(args.buffer_size, obs, noise, obs, noise[:, 0], noise[:, 0])
+    # Each process fills its own buffer; a checkpoint keeps the first's, and all resume with it.
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
 
     @torch.inference_mode()
     def explore(obs, begins):
-        """mu(obs) with noise."""
+        """The actions mu(obs) + noise; the noise moves on."""
         theta = args.theta if args.noise == "ou" else 1
-        noise.copy_(next_noise(noise, begins, theta, args.sigma))
+        noise.copy_(next_noise(noise, begins, theta, args.sigma))                           # (5)
         return agent.act(obs, noise=noise)
 
     def update(obs, actions, next_obs, rewards, terminations):
@@ -229,7 +231,7 @@ def train(args, resume=""):
             next_values = target.q_values(features, target.mu(features))
             targets = td_target(rewards, next_values, terminations, args.gamma)             # (1)
         features = agent.encoder(obs)
-        values = agent.q_values(features, agent.parts(actions))
+        values = agent.q_values(features, actions)
         critic_loss = F.mse_loss(values, targets)                                           # (2)
         features = features.detach()
         actor_loss = -agent.q_values(features, agent.mu(features)).mean()                   # (3)
@@ -245,9 +247,11 @@ def train(args, resume=""):
     while run.step < args.total_timesteps:
         run.checkpoint()
         for _ in range(args.train_every):
-            obs, actions = envs.obs, explore(envs.obs, envs.begins)
+            obs = envs.obs
             if run.step < args.learning_starts:
-                actions = agent.low + (agent.high - agent.low) * torch.rand_like(actions)
+                actions = agent.center + agent.scale * torch.empty_like(noise).uniform_(-1, 1)
+            else:
+                actions = explore(obs, envs.begins)
             next_obs, rewards, terminations, _ = envs.step(actions)
             buffer.add(obs, actions, next_obs, rewards, terminations)
         run.step += args.train_every * args.num_envs * WORLD_SIZE

@@ -23,6 +23,8 @@ SMALL = {
     "cem_es": dict(num_envs=4, population=4, elite_fraction=0.5, max_episode_steps=16),
     "dqn": dict(num_envs=4, train_every=4, num_updates=2, buffer_size=200, batch_size=16,
                 learning_starts=32, hidden_size=16),
+    "ddpg": dict(num_envs=2, train_every=4, num_updates=2, buffer_size=200, batch_size=16,
+                 learning_starts=32, hidden_size=16),
 }
 # Settings with which training must diverge: in its metrics first, or in its weights first.
 DIVERGENT = {
@@ -30,8 +32,11 @@ DIVERGENT = {
     "ppo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1, update_epochs=1)],
     "trpo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1, update_epochs=1)],
     "dqn": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
+    "ddpg": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
     "cem_es": [dict(init_sigma=1e30), dict(init_sigma=3e38)],
 }
+# Scripts whose policies stretch over the bounds of their actions, so that these must be finite.
+BOUNDED = {"ddpg", "naf"}
 # One environment for each kind of actions, and for each other kind of space a script may meet.
 ENVS = {"Discrete": "CartPole-v1", "Box": "Pendulum-v1"}
 KINDS = {
