@@ -17,6 +17,7 @@ SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
 
 # Settings that make a run of a few hundred steps exercise all of a script.
 SMALL = {
+    "reinforce": dict(num_envs=4, num_steps=8, max_steps=32, hidden_size=16),
     "a2c": dict(num_envs=4, num_steps=4, hidden_size=16),
     "ppo": dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2, hidden_size=16),
     "trpo": dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2, hidden_size=16),
@@ -25,14 +26,18 @@ SMALL = {
                 learning_starts=32, hidden_size=16),
     "ddpg": dict(num_envs=2, train_every=4, num_updates=2, buffer_size=200, batch_size=16,
                  learning_starts=32, hidden_size=16),
+    "naf": dict(num_envs=2, train_every=4, num_updates=2, buffer_size=200, batch_size=16,
+                learning_starts=32, hidden_size=16),
 }
 # Settings with which training must diverge: in its metrics first, or in its weights first.
 DIVERGENT = {
+    "reinforce": [dict(learning_rate=1e30), dict(learning_rate=3e38, baseline="mean")],
     "a2c": [dict(learning_rate=1e30), dict(learning_rate=3e38, optimizer="adam")],
     "ppo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1, update_epochs=1)],
     "trpo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1, update_epochs=1)],
     "dqn": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
     "ddpg": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
+    "naf": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
     "cem_es": [dict(init_sigma=1e30), dict(init_sigma=3e38)],
 }
 # Scripts whose policies stretch over the bounds of their actions, so that these must be finite.

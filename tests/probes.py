@@ -87,5 +87,11 @@ for name, settings in {
     "ImageLast": dict(obs_space=image(36, 40, 3)),
     "BoxDict": dict(obs_space=VECTORS, action_space=BOUNDS),
     "BoxImage": dict(obs_space=image(36, 40, 3), action_space=BOUNDS),
+    "BoxTerminated": dict(length=1, ends=(True, False), reward=2.0, action_space=BOUNDS),
+    "BoxTruncated": dict(length=1, ends=(False, True), reward=2.0, action_space=BOUNDS),
+    "BoxBoth": dict(length=1, ends=(True, True), reward=2.0, action_space=BOUNDS),
+    "BoxUneven": dict(length=(1, 9), action_space=BOUNDS),
+    "BoxTarget": dict(length=1, action_space=BOUNDS,
+                      reward=lambda a: -(a[0] - 1.5) ** 2 - ((a[1] - 3) / 5) ** 2),
 }.items():
     gym.register(f"{name}-v0", Probe, kwargs=settings, disable_env_checker=True)
