@@ -1,0 +1,696 @@
+# SPDX-License-Identifier: MIT
+"""REINFORCE: play whole episodes, then make likelier what brought more than was expected.
+
+J is the mean return of episodes played with pi, a sum over all episodes of probability times
+return. The gradient of a probability p is p * grad log p, and of an episode's probability only
+the factors pi depend on the weights. So grad J is a mean over episodes, which playing estimates:
+
+    grad J = E[sum over t of grad log pi(actions[t] | obs[t]) * (returns[t] - b(obs[t]))]
+
+Here returns[t] are the rewards from t on, not all: in any state the mean of grad log pi(a) is the
+sum of pi(a) * grad log pi(a) = grad pi(a) over a, the gradient of 1, hence 0. What does not depend
+on the action, like the rewards before it or a baseline b(obs[t]), is multiplied by 0 on average. It
+costs no bias, but a b near the mean of returns[t] takes away most of the estimate's variance.
+
+(1)  returns[t] = rewards[t] + gamma * (1 - dones[t]) * returns[t + 1]
+(2)  advantages = returns - b, where b is 0, the mean of all returns of the batch, or V(obs)
+(3)  policy_loss = -E[log pi(actions | obs) * advantages]
+(4)  loss = policy_loss + vf_coef * E[(b - returns)^2] - ent_coef * E[entropy(pi)]
+
+    repeat
+        play whole episodes with pi in num_envs environments
+        sum up their returns (1) and compare them with the baseline (2)
+        take one Adam step down the gradient of the loss (4)
+
+Williams 1992, doi:10.1007/BF00992696. As nearly always, E is over steps, and late steps weigh as
+much as early ones though (1) discounts rewards. The mean of a batch contains the return that it is
+compared with: a bias of one part in the size of the batch. Where a time limit cuts an episode off,
+V(next_obs), if V is the baseline, stands in for the rest; without a V the rest counts as nothing.
+Example: --env InvertedPendulum-v5 --baseline mean
+"""
+import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
+import random, re, signal, sys, time, traceback, typing
+from dataclasses import asdict, dataclass, field, fields
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ============================================================================== Hyperparameters
+def arg(default, help, low=-3e38, high=3e38):
+    return field(default=default, metadata=dict(help=help, limits=[low, high]))
+
+
+@dataclass
+class Args:
+    # The run: the same in every script.
+    env: str = arg("CartPole-v1", "environment id; module:Id imports the module first")
+    total_timesteps: int = arg(1_000_000, "steps over all environments and processes", 1)
+    num_envs: int = arg(8, "parallel environments in each process", 1)
+    seed: int = arg(1, "seed of the networks, the environments and every draw", 0)
+    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
+    threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
+    run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
+    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
+    # The algorithm.
+    num_steps: int = arg(1, "an environment begins episodes within so many steps of a batch", 1)
+    max_steps: int = arg(0, "cut off what still runs after so many, like a time limit; 0: never", 0)
+    baseline: typing.Literal["none", "mean", "value"] = arg("value", "b of (2): none, mean, value")
+    learning_rate: float = arg(1e-3, "Adam's step size", 0)
+    gamma: float = arg(0.99, "discount factor", 0, 1)
+    anneal: bool = arg(True, "lower learning_rate linearly to 0")
+    ent_coef: float = arg(0.0, "weight of the entropy bonus", 0)
+    vf_coef: float = arg(0.5, "weight of the value loss", 0)
+    max_grad_norm: float = arg(0.5, "longer gradients are scaled down to this norm", 0)
+    hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
+    log_std: float = arg(0.0, "log of the first deviation of actions, as a part of their bounds")
+    norm_obs: bool = arg(True, "standardise vector observations by running statistics")
+    norm_returns: bool = arg(True, "scale the returns by their running deviation")
+
+    def __init__(self, **given):
+        """What is given beats the environment's preset, which beats the default."""
+        defaults = {f.name: f.default for f in fields(self)}
+        vars(self).update(defaults | preset(given.get("env", self.env)) | given)
+        check(self)
+
+
+PRESETS = {  # what is known to work; keys may be patterns
+    "CartPole-v1": dict(total_timesteps=100_000, learning_rate=2e-3, norm_obs=False)}
+ACTION_SPACES = "Discrete", "Box"
+
+
+# ===================================================================================== Networks
+class RunningNorm(nn.Module):
+    """Standardises (..., *shape) by the mean and deviation of all that `update` was given."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, x):
+        """Merge the moments of x (B, *shape), taken about the old mean so as to lose no digits."""
+        first, second = (x - self.mean).mean(0), (x - self.mean).square().mean(0)
+        size = torch.full_like(self.count, len(x))  # each process has batches of its own size
+        average(first, second, size)
+        self.count += size
+        weight = size / self.count
+        self.mean += weight * first
+        variance = self.std.square().lerp(second, weight) - (weight * first).square()
+        self.std.copy_(variance.clamp(min=1e-8).sqrt())
+
+    def forward(self, x):
+        return ((x - self.mean) / self.std).clamp(-10, 10)
+
+
+class NatureCNN(nn.Sequential):
+    """Images (..., C, H, W) of bytes to features (..., 512), as in Mnih et al. 2015."""
+
+    def __init__(self, shape):
+        super().__init__(nn.Conv2d(shape[0], 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2),
+                         nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten())
+        self.extend([nn.Linear(self(torch.zeros(1, *shape)).shape[-1], 512), nn.ReLU()])
+
+    def forward(self, images):
+        features = super().forward(images.flatten(0, -4) / 255)
+        return features.unflatten(0, images.shape[:-3])
+
+
+class MLP(nn.Sequential):
+    def __init__(self, *sizes):
+        layers = [layer for n, m in zip(sizes, sizes[1:]) for layer in (nn.Linear(n, m), nn.Tanh())]
+        super().__init__(*layers[:-1])
+
+    def forward(self, x):
+        for layer in self:
+            x = layer.forward(x)  # layer(x) would look for hooks, of which there are none
+        return x
+
+
+class Agent(nn.Module):
+    """The policy pi and its value V: an actor and a critic that see the same features."""
+
+    def __init__(self, obs_space, action_space, args):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        outputs = int(action_space.n if self.discrete else np.prod(action_space.shape))
+        if len(obs_space.shape) == 3:
+            self.encoder, sizes = NatureCNN(obs_space.shape), [512]
+        else:
+            self.encoder = RunningNorm(obs_space.shape) if args.norm_obs else nn.Identity()
+            sizes = [obs_space.shape[0], args.hidden_size, args.hidden_size]
+        self.actor, self.critic = MLP(*sizes, outputs), MLP(*sizes, 1)
+        for x in self.parameters():
+            nn.init.orthogonal_(x, math.sqrt(2)) if x.dim() > 1 else nn.init.zeros_(x)
+        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first all actions are alike
+        nn.init.orthogonal_(self.critic[-1].weight, 1)
+        self.return_norm = RunningNorm(())
+        if not self.discrete:  # the actor's [-1, 1] is stretched over finite bounds
+            low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
+                         for bound in (action_space.low, action_space.high))
+            bounded = (high - low).isfinite()
+            self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
+            self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0))
+            self.log_std = nn.Parameter(self.scale.log() + args.log_std)
+
+    def value(self, obs):
+        return self.critic(self.encoder(obs)).squeeze(-1)
+
+    def evaluate(self, obs, actions):
+        """log pi(actions | obs), entropy of pi(. | obs) and V(obs): (...) for obs (..., *shape)."""
+        features = self.encoder(obs)
+        outputs, values = self.actor(features), self.critic(features).squeeze(-1)
+        if self.discrete:
+            log_pi = outputs.log_softmax(-1)
+            log_probs = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+            return log_probs, -(log_pi.exp() * log_pi).sum(-1), values
+        deviations = (actions - self.center - self.scale * outputs) / self.log_std.exp()
+        log_volume = self.log_std.sum() + len(self.log_std) / 2 * math.log(2 * math.pi)
+        log_probs = -deviations.square().sum(-1) / 2 - log_volume
+        return log_probs, (log_volume + len(self.log_std) / 2).expand_as(values), values
+
+    @torch.inference_mode()
+    def act(self, obs, deterministic=False):
+        """Draw actions (N,) or (N, action_dim) for obs (N, *shape), or take the most likely."""
+        outputs = self.actor(self.encoder(obs))
+        if self.discrete:
+            if not deterministic:  # with Gumbel noise the argmax is a draw from the softmax
+                outputs = outputs - torch.empty_like(outputs).exponential_().log()
+            return outputs.argmax(-1)
+        mean = self.center + self.scale * outputs
+        return mean if deterministic else mean + self.log_std.exp() * torch.randn_like(mean)
+
+
+# ==================================================================================== Algorithm
+def compute_returns(rewards, next_values, terminations, dones, gamma):
+    """Returns (1), with next_values for what a truncation cuts off; everything is (T, N)."""
+    gains = rewards + gamma * dones * (1 - terminations) * next_values
+    decays = gamma * (1 - dones)
+    returns, following = [], next_values[-1]
+    for gain, decay in zip(gains.flip(0), decays.flip(0)):
+        following = gain + decay * following
+        returns.append(following)
+    return torch.stack(returns).flip(0)
+
+
+def explained_variance(values, returns):
+    """1 where V foretells every return, 0 where a constant would do as well."""
+    variance = returns.var(correction=0).clamp(min=1e-8)
+    return 1 - (returns - values).var(correction=0) / variance
+
+
+def train(args, resume=""):
+    """Train, from the start or on from the run folder `resume`; return agent and history."""
+    device = setup(args)
+    envs = Envs(args.env, args.num_envs, device)
+    agent = Agent(envs.obs_space, envs.action_space, args).to(device)
+    weights = flatten(agent)
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    optimizer = torch.optim.Adam([weights], learning_rate, eps=1e-5, fused=True,
+                                 capturable=device.type == "cuda")
+    run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
+
+    def update(obs, actions, returns):
+        """Take one Adam step on a batch (B, ...); return its losses, entropy and b's fit."""
+        log_probs, entropy, values = agent.evaluate(obs, actions)
+        b = {"none": torch.zeros_like(returns), "mean": returns.mean().expand_as(returns),
+             "value": values}[args.baseline]
+        advantages = returns - b.detach()                                                   # (2)
+        policy_loss = -(log_probs * advantages).mean()                                      # (3)
+        value_loss = F.mse_loss(b, returns)  # of use to V alone: the other two are constants
+        loss = policy_loss + args.vf_coef * value_loss                                      # (4)
+        if args.ent_coef:
+            loss = loss - args.ent_coef * entropy.mean()
+        weights.grad.zero_()
+        loss.backward()
+        average(weights.grad)
+        weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
+        optimizer.step()
+        return (x.detach() for x in (policy_loss, value_loss, entropy.mean(),
+                                     explained_variance(b, returns)))
+
+    act = capture(agent.act, device)  # but not update: batches differ in size
+    while run.step < args.total_timesteps:
+        if not run.checkpoint():  # which begins new episodes, too
+            envs.reset(int(torch.randint(2**31, ())))
+        remaining = 1 - run.step / args.total_timesteps if args.anneal else 1
+        optimizer.param_groups[0]["lr"].fill_(args.learning_rate * remaining)
+
+        rollout, counts = [], torch.ones(args.num_envs, device=device)  # 1: its episode counts
+        while counts.any() and (not args.max_steps or len(rollout) < args.max_steps):
+            obs, actions, ended = envs.obs, act(envs.obs), len(envs.episodes)
+            rollout.append((obs, actions, *envs.step(actions), counts))
+            # To count only those that end soon would favour failure: all are waited for, and
+            # what an environment begins meanwhile is left out.
+            envs.episodes[ended:] = [e for e in envs.episodes[ended:] if counts[e[0]]]
+            if len(rollout) >= args.num_steps:
+                counts = counts * (1 - rollout[-1][5])
+            if len(rollout) == 30_000 and not args.max_steps:
+                raise UserError(f"{args.env} goes on for 30,000 steps; if it never ends, give "
+                                "--max-steps, for example --max-steps 1000")
+        obs, actions, next_obs, *rest, counts = (torch.stack(x) for x in zip(*rollout))  # (T, N)
+        size = torch.tensor(float(counts.numel()), device=device)
+        average(size)  # each process plays until its own episodes end
+        run.step += round(size.item() * WORLD_SIZE)
+
+        with torch.no_grad():
+            next_values = agent.value(next_obs) * (args.baseline == "value")
+            rewards, *ends = rest
+            returns = compute_returns(rewards / agent.return_norm.std, next_values, *ends, args.gamma)
+        batch = [x[counts.bool()] for x in (obs, actions, returns)]  # (B, ...)
+        policy_loss, value_loss, entropy, fit = update(*batch)
+        if args.norm_returns:
+            agent.return_norm.update(batch[2] * agent.return_norm.std)
+        if isinstance(agent.encoder, RunningNorm):
+            agent.encoder.update(batch[0])
+        run.log(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy,
+                explained_variance=fit)
+    run.finish()
+    return agent, run.history
+
+
+# ===================================================================================== Plumbing
+# The same text in all nine scripts: processes, environments, run folder and command line.
+
+NAME = pathlib.Path(__file__).stem
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+SCRIPTS = {"Discrete": "reinforce, a2c, ppo, trpo, dqn, cem_es, mbrl_mpc",
+           "Box": "reinforce, a2c, ppo, trpo, ddpg, naf, cem_es, mbrl_mpc"}
+
+
+class UserError(ValueError):
+    """Something the user can put right: one line on the command line, exit code 2."""
+
+
+@contextlib.contextmanager
+def blame(what):
+    """Tell any exception of this block as a UserError about `what`."""
+    try:
+        yield
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise UserError(f"{what}: {why} ({os.path.basename(at.filename)}:{at.lineno})") from error
+
+
+def preset(env):
+    return next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(env, key)), {})
+
+
+def check(args):
+    """Refuse settings that do not exist or are outside their limits."""
+    known = {f.name: f for f in fields(args)}
+    for name, value in vars(args).items():
+        if name not in known:
+            raise UserError(f"there is no setting {name}")
+        (low, high), choices = known[name].metadata["limits"], typing.get_args(known[name].type)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise UserError(f"{name} is {value}, which is not between {low} and {high}")
+        if choices and value not in choices:
+            raise UserError(f"{name} is {value}, which is none of {', '.join(choices)}")
+
+
+def seed_all(*key):
+    """Seed every generator with a number drawn from the key; return it for the environments."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    return seed
+
+
+def setup(args):
+    """Take the device, join the other processes, and seed the networks alike in all of them."""
+    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    with blame(f"device {name} cannot be used"):
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # warm-up must not use the default stream
+    torch.set_num_threads(args.threads)
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    seed_all(0, args.seed)
+    return device
+
+
+def flatten(module):
+    """Make all parameters views of one vector, and their gradients views of the vector's.
+
+    What treats all weights alike, as optimisers do, then takes one call; a fifth of an update."""
+    parameters = list(module.parameters())
+    vector = nn.utils.parameters_to_vector(parameters).detach()
+    vector.grad = torch.zeros_like(vector)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, data, grad in zip(parameters, vector.split(sizes), vector.grad.split(sizes)):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return vector
+
+
+def average(*tensors):
+    """Average tensors over the processes, in place; alone, do nothing."""
+    for tensor in tensors if WORLD_SIZE > 1 else ():
+        torch.distributed.all_reduce(tensor)
+        tensor /= WORLD_SIZE
+
+
+def capture(function, device):
+    """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
+
+    Three calls warm up, the fourth is recorded, and all count. Elsewhere, `function` itself."""
+    if device.type != "cuda" or WORLD_SIZE > 1:
+        return function
+    calls, graphs = collections.Counter(), {}
+
+    def replay(*inputs):
+        shapes = tuple(x.shape for x in inputs)
+        calls[shapes] += 1
+        if calls[shapes] <= 3:
+            return function(*inputs)
+        if shapes not in graphs:
+            graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph):
+                graphs[shapes] = graph, held, function(*held)
+        graph, held, output = graphs[shapes]
+        for mine, given in zip(held, inputs):
+            mine.copy_(given)
+        graph.replay()
+        return output.clone()
+
+    return replay
+
+
+class Prepare(gym.Wrapper):
+    """Byte images channels first, every other observation as a flat vector, and no infos.
+
+    Nobody reads the infos, and gathering them took a tenth of a step."""
+
+    def __init__(self, env):
+        space = env.observation_space
+        if space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36:
+            if space.shape[0] > space.shape[2]:
+                box = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), np.uint8)
+                env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0), box)
+        elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)
+        super().__init__(env)
+
+    def step(self, action):
+        return *self.env.step(action)[:4], {}
+
+
+class Envs:
+    """Copies of an environment, stepped in turn; every tensor is (num_envs, ...) on `device`.
+
+    `obs` is what to act on, `begins` is 1 where it begins an episode; `episodes` gathers
+    (environment, return, length) of those that end."""
+
+    def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
+        sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Id may be
+        with blame(f"cannot make {env_id}"):
+            if atari := env_id.startswith("ALE/"):
+                gym.register_envs(__import__("ale_py"))
+            if atari and not kwargs:
+                envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
+                                    autoreset_mode="SameStep")
+            else:
+                if atari:  # the fast version cannot be filmed
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
+                    kwargs["frameskip"] = 1
+                mode = dict(autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, copy=False)
+                envs = gym.make_vec(env_id, num_envs, "sync", mode, [*wrappers, Prepare], **kwargs)
+        self.envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
+        self.id, self.device, self.episodes = env_id, device, []
+        self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
+        self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
+        kind = type(self.action_space).__name__
+        if kind not in ACTION_SPACES:
+            raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
+                            f"these scripts do: {SCRIPTS.get(kind, 'none')}")
+
+    def tensor(self, array, dtype=np.float32):
+        return torch.from_numpy(np.array(array, dtype)).to(self.device)
+
+    def reset(self, seed):
+        """Begin an episode everywhere, in environment i with seed + i or, of a list, seed[i]."""
+        with blame(f"{self.id} failed to reset"):
+            self.obs = self.tensor(self.envs.reset(seed=seed)[0], self.dtype)
+        self.begins = torch.ones(len(self.obs), device=self.device)
+
+    def step(self, actions):
+        """Act; return next_obs, rewards, terminations and dones.
+
+        next_obs is where the actions led, also where an episode ended and `obs` begins the next."""
+        actions, space = actions.cpu().numpy(), self.action_space
+        if isinstance(space, gym.spaces.Discrete):
+            actions = actions + space.start
+        else:
+            if not np.isfinite(actions).all():
+                raise FloatingPointError("the agent's actions are not finite")
+            actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
+        with blame(f"{self.id} failed"):
+            obs, rewards, terminations, truncations, infos = self.envs.step(actions)
+        if not np.isfinite(rewards).all():
+            raise UserError(f"{self.id} gave the rewards {rewards.tolist()}")
+        self.obs = next_obs = self.tensor(obs, self.dtype)
+        dones = terminations | truncations
+        if dones.any():
+            ended, ends = dones.nonzero()[0], infos["episode"]
+            self.episodes += zip(*(x.tolist() for x in (ended, ends["r"][ended], ends["l"][ended])))
+            next_obs = next_obs.clone()
+            next_obs[ended] = self.tensor(np.stack(list(infos["final_obs"][ended])), self.dtype)
+        rewards, terminations, self.begins = map(self.tensor, (rewards, terminations, dones))
+        return next_obs, rewards, terminations, self.begins
+
+
+def load(folder, device="cpu"):
+    """The checkpoint of the run in `folder`."""
+    with blame(f"{folder} holds no checkpoint that can be read"):
+        saved = torch.load(pathlib.Path(folder, "checkpoint.pt"), device, weights_only=True)
+        script = saved["script"]
+    if script != NAME:
+        raise UserError(f"{folder} is a run of {script}.py, not of {NAME}.py")
+    return saved
+
+
+class Run:
+    """A training run: its progress, its folder, and checkpoints from which it goes on exactly.
+
+    The trainer counts `step`. `state` are the objects whose state_dict a checkpoint keeps."""
+
+    signal = 0  # the last that asked to stop
+
+    def __init__(self, args, envs, resume, **state):
+        self.args, self.envs, self.state, self.board = args, envs, state, None
+        saved = dict(step=0, history=[], recent=[], seconds=0)
+        if resume:
+            saved = load(resume, envs.device)
+        with blame(f"{resume} does not fit these settings"):
+            for name in state if resume else ():
+                state[name].load_state_dict(saved[name])
+        self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
+        self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
+        self.began, self.said = time.time() - saved["seconds"], saved["seconds"]
+        self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
+        if self.folder:
+            if not resume and (self.folder / "checkpoint.pt").exists():
+                raise UserError(f"{self.folder} holds a run; --resume goes on with it")
+            with blame(f"cannot write to {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(asdict(args), indent=2)
+            self.write("args.json", lambda path: path.write_text(text))
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.folder, purge_step=self.step)
+        if RANK == 0:
+            chosen = [f"{name}={value}" + "*" * (preset(args.env).get(name) == value)
+                      for name, value in asdict(args).items() if value != getattr(Args, name)]
+            print(f"{NAME}: {args.env} on {envs.device} (* from the preset):", *chosen, flush=True)
+        gc.collect(), gc.freeze()  # what exists by now stays; searching it slowed rollouts by 10 %
+
+    @classmethod
+    def ask_to_stop(cls, number, frame):
+        cls.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one does not ask
+
+    def checkpoint(self):
+        """Where one is due: save, seed everything from the step, and begin new episodes.
+
+        What follows depends on the checkpoint alone, so a resumed run repeats an unbroken one."""
+        stop = Run.signal
+        if WORLD_SIZE > 1:  # all stop as soon as one is asked to
+            average(stop := torch.tensor(float(stop), device=self.envs.device))
+        if stop:
+            self.finish()
+            if self.folder:
+                print(f"stopped; --resume {self.folder} goes on from here", file=sys.stderr)
+            raise SystemExit(128 + (Run.signal or signal.SIGTERM))
+        if due := self.step >= self.due:
+            self.save()
+            every = self.args.checkpoint_every or max(  # leave episodes the time to end
+                self.args.total_timesteps // 10, 2000 * self.args.num_envs * WORLD_SIZE)
+            self.due = (self.step // every + 1) * every
+            self.envs.reset(seed_all(1, self.args.seed, self.step, RANK))
+        return due
+
+    def save(self):
+        for name, value in self.state["agent"].state_dict().items():
+            if not value.isfinite().all():
+                raise FloatingPointError(f"the agent's {name} is not finite at step {self.step:,}")
+        saved = dict(script=NAME, args=asdict(self.args), step=self.step, history=self.history,
+                     recent=list(self.recent), seconds=time.time() - self.began)
+        saved |= {name: module.state_dict() for name, module in self.state.items()}
+        self.write("checkpoint.pt", lambda path: torch.save(saved, path))
+
+    def write(self, name, write):
+        """Write beside the file, then rename: neither a kill nor a full disk can break it."""
+        if self.folder:
+            with blame(f"cannot write {self.folder / name}"):
+                write(self.folder / f"{name}.part")
+                os.replace(self.folder / f"{name}.part", self.folder / name)
+
+    def progress(self, always=False):
+        """Take in the finished episodes and, every two seconds, say where the run is."""
+        self.recent += self.envs.episodes
+        self.envs.episodes.clear()
+        seconds = time.time() - self.began
+        if RANK == 0 and (always or seconds > self.said + 2):
+            speed, self.said = self.step / seconds, seconds
+            left = max(0, self.args.total_timesteps - self.step) / max(speed, 1e-8)
+            print(f"step {self.step:,} of {self.args.total_timesteps:,}: "
+                  f"return {self.mean_episode()[1]:.1f}, {speed:,.0f} steps/s, {left:.0f} s left",
+                  flush=True)
+
+    def mean_episode(self):
+        return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
+
+    def log(self, **metrics):
+        """Keep 200 rows of metrics a run, everywhere it is kept."""
+        self.progress()
+        last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
+        if self.step * 200 // total == last * 200 // total:
+            return
+        _, episode_return, episode_length = self.mean_episode()
+        row = {name: float(value) for name, value in metrics.items()}
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at step {self.step:,}")
+        row = dict(step=self.step, seconds=time.time() - self.began, episode_return=episode_return,
+                   episode_length=episode_length) | row
+        self.history.append(row)
+        rows = [row, *(row.values() for row in self.history)]
+        self.write("metrics.csv", lambda path: path.write_text(
+            "".join(",".join(map(str, row)) + "\n" for row in rows)))
+        for name, value in row.items() if self.board else ():
+            self.board.add_scalar(name, value, self.step)
+
+    def finish(self):
+        """Save what there is and draw the learning curve."""
+        self.progress(always=True)
+        self.save()
+        if not self.folder:
+            return
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            print("learning_curve.png needs matplotlib", file=sys.stderr)
+            return
+        axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
+        axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
+        axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
+                 xlabel="environment steps", ylabel="return, mean of 20 episodes")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(alpha=0.3)
+        self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
+
+
+def evaluate(agent, args, episodes=100, **kwargs):
+    """The returns (episodes,) of the deterministic policy on fresh episodes.
+
+    In each round every environment counts once, so that short episodes do not count more often."""
+    num_envs, returns = min(episodes, 20), []
+    envs = Envs(args.env, num_envs, next(agent.parameters()).device, **kwargs)
+    while len(returns) < episodes:
+        envs.reset(seed_all(2, args.seed, len(returns)))
+        envs.episodes, first, steps = [], {}, 0
+        while len(first) < num_envs:
+            if hasattr(agent, "begin"):  # a planner forgets its plans where an episode begins
+                agent.begin(envs.begins)
+            envs.step(agent.act(envs.obs, deterministic=True))
+            first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
+            if steps == 100_000:
+                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
+        returns += [first[i] for i in range(num_envs)]
+    envs.envs.close()
+    return np.array(returns[:episodes])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--evaluate", metavar="RUN", help="score the agent of the run")
+    parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
+    parser.add_argument("--video", action="store_true", default=False, help="film one more")
+    parser.add_argument("--render", action="store_true", default=False, help="show one more")
+    for f in fields(Args):
+        kind = str if typing.get_args(f.type) else f.type
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)
+        help = f"{f.metadata['help']} ({f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
+
+    def fail(message, code=2):
+        print(f"{NAME}.py: {message}", file=sys.stderr)
+        raise SystemExit(code)
+
+    parser.error = fail
+    given = vars(parser.parse_args())
+    episodes, video, render = (given.pop(name) for name in ("episodes", "video", "render"))
+    if episodes < 1:
+        fail(f"episodes is {episodes}, which is not at least 1")
+    resume, score = given.pop("resume", ""), given.pop("evaluate", "")
+    try:
+        saved = load(resume or score) if resume or score else dict(args={})
+        args = Args(**saved["args"] | given)
+        args.run_dir = resume or score or args.run_dir or "runs/{}__{}__{}__{}".format(
+            re.sub("[:/]", "-", args.env), NAME, args.seed, time.strftime("%y%m%d-%H%M%S"))
+        if score:
+            envs, history = Envs(args.env, 1, setup(args)), saved["history"]
+            agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
+            with blame(f"{score} does not fit these settings"):
+                agent.load_state_dict(saved["agent"])
+        else:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, Run.ask_to_stop)
+            agent, history = train(args, resume)
+            if Run.signal:
+                raise SystemExit(128 + Run.signal)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if RANK == 0:
+            returns = evaluate(agent, args, episodes)
+            step, seconds = ((history or [saved])[-1][name] for name in ("step", "seconds"))
+            print(f"{args.env}: return {returns.mean():.1f} ± {returns.std():.1f} over {episodes} "
+                  f"episodes, {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s; "
+                  f"{args.run_dir}")
+            if video:
+                folder = f"{args.run_dir}/videos"
+                film = functools.partial(gym.wrappers.RecordVideo, video_folder=folder,
+                                         episode_trigger=lambda episode: episode == 0)
+                evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
+            if render:
+                evaluate(agent, args, 1, render_mode="human")
+        if WORLD_SIZE > 1:  # at an ordinary exit gloo's threads now and then abort the process
+            torch.distributed.barrier()
+            sys.stdout.flush(), os._exit(0)
+    except (UserError, FloatingPointError, KeyboardInterrupt) as error:
+        codes = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130}
+        fail(str(error) or "interrupted", codes[type(error)])
+
+
+if __name__ == "__main__":
+    main()
