@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""Trust Region Policy Optimization (TRPO): the longest step on each batch that does not lead far.
+"""Trust Region Policy Optimization (TRPO): one step on each batch, as long as it can be trusted.
 
-The policy gradient may use a batch only once, since its step changes the policy that the batch
-came from. TRPO makes the most of that step: it measures length by how far the policy moves, not
-its weights, turns the gradient accordingly, and goes as far as it can trust what the batch says.
+The policy gradient may use a batch only once, since each step changes the policy that the batch
+came from. TRPO makes the most of that one step. It measures length by how far the policy moves, not
+its weights, turns the gradient accordingly, and goes as far as max_kl lets it.
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
 (2)  returns = advantages + V(obs)
 (3)  ratio = pi(actions | obs) / pi_old(actions | obs)
-(4)  policy_loss = -E[(ratio - 1) * advantages], which is 0 at the old policy
-(5)  kl = E[KL(pi_old(. | obs) || pi(. | obs))] <= max_kl, the trust region
-(6)  F v = Hessian of kl at the old policy, times v, plus cg_damping * v
-(7)  F x = -gradient of policy_loss, solved for x, the natural gradient, by conjugate gradients
-(8)  step = x * sqrt(2 * max_kl / (x * F x)), so that step * F step / 2, which is about kl, is max_kl
+(4)  policy_loss = -E[(ratio - 1) * advantages], 0 at the old policy
+(5)  kl = E[KL(pi_old || pi)], 0 at the old policy, and so is its gradient
+(6)  F v = Hessian of kl at the old policy * v + cg_damping * v
+(7)  F x = g, where g = -gradient of policy_loss, is solved for x by conjugate gradients
+(8)  step = x * sqrt(2 * max_kl / x.g): as x.g is x.F x, kl is about step.F step / 2 = max_kl
 (9)  value_loss = E[(V(obs) - returns)^2]
 
     repeat
         collect num_steps transitions from each of num_envs environments with pi
         estimate their advantages (1) and returns (2)
-        shorten the step (8) until policy_loss (4) is below 0 and kl (5) within max_kl, and take it
+        shorten the step (8) until policy_loss (4) is below 0 and kl (5) within max_kl; take it
         for each of update_epochs epochs, for each of num_minibatches random parts of the batch
             take one Adam step of V down the gradient of value_loss (9)
 
-Schulman et al. 2015, arXiv:1502.05477; (1) is GAE, arXiv:1506.02438. Without the search for the
-step's length, --no-line-search, it is the natural policy gradient, Kakade 2001. V is fitted by
-Adam, where the paper on GAE has a trust region for it too. Where most versions let a time limit end
-an episode like any other end, here the value of the state that was cut off stands in for the rest.
+Schulman et al. 2015, arXiv:1502.05477; (1) is GAE, arXiv:1506.02438. Without the search for a
+length (--no-line-search) it is the natural policy gradient of Kakade 2001. V is fitted by Adam,
+where the paper on GAE gives it a trust region too. Where most versions let a time limit end an
+episode like any other end, here the value of the state that was cut off stands in for the rest.
 Example: --env Hopper-v5
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
@@ -172,24 +172,25 @@ class Agent(nn.Module):
         return self.critic(self.encoder(obs)).squeeze(-1)
 
     def policy(self, obs):
-        """pi(. | obs) (..., k): log-probabilities, or means and log deviations side by side."""
+        """What pi(. | obs) is made of (..., k): logits, or means and log deviations."""
         outputs = self.actor(self.encoder(obs))
         if self.discrete:
-            return outputs.log_softmax(-1)
-        mean = self.center + self.scale * outputs
-        return torch.cat([mean, self.actor.log_std.expand_as(mean)], -1)
+            return outputs
+        return torch.cat([self.center + self.scale * outputs,
+                          self.actor.log_std.expand_as(outputs)], -1)
 
     def log_probs(self, pi, actions):
-        """log pi(actions | obs) (...) for pi (..., k)."""
+        """log pi(actions | obs) (...) for what policy(obs) gave."""
         if self.discrete:
-            return pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+            return pi.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         mean, log_std = pi.chunk(2, -1)
         deviations = (actions - mean) / log_std.exp()
         return -(deviations.square() / 2 + log_std + math.log(2 * math.pi) / 2).sum(-1)
 
     def kl(self, old, new):
-        """KL(old || new) (...), in forms that lose no digits where old and new are near."""
+        """KL(old || new) (...), so written that it loses no digits where old and new are near."""
         if self.discrete:
+            old, new = old.log_softmax(-1), new.log_softmax(-1)
             return (old.exp() * (old - new)).sum(-1)
         (old_mean, old_log_std), (mean, log_std) = old.chunk(2, -1), new.chunk(2, -1)
         narrower, deviations = old_log_std - log_std, (mean - old_mean) / log_std.exp()
@@ -227,17 +228,23 @@ def surrogate(ratio, advantages):
     return -((ratio - 1) * advantages).mean()
 
 
-def fisher_product(kl, parameters, damping):
-    """The function that maps a vector v to F v (6), by a backward pass through kl's own."""
-    slopes = torch.autograd.grad(kl, parameters, create_graph=True)
+def fisher_product(kl, outputs, parameters, damping):
+    """The function from v to F v (6), for kl(outputs) that is flat where the outputs are now.
+
+    Because it is flat its Hessian is J^T H J, J the Jacobian of outputs by parameters and H the
+    Hessian of kl by outputs. A backward pass through that of kl, down to outputs, is H J v."""
+    leaf = outputs.detach().requires_grad_()
+    slope, = torch.autograd.grad(kl(leaf), leaf, create_graph=True)
+    gradient = torch.autograd.grad(outputs, parameters, slope, create_graph=True)
     sizes = [x.numel() for x in parameters]
 
     def product(v):
         parts = [part.view_as(x) for part, x in zip(v.split(sizes), parameters)]
-        columns = torch.autograd.grad(slopes, parameters, parts, retain_graph=True)
-        product = torch.cat([x.flatten() for x in columns])
-        average(product)
-        return product + damping * v
+        bend, = torch.autograd.grad(gradient, leaf, parts, retain_graph=True)
+        columns = torch.autograd.grad(outputs, parameters, bend, retain_graph=True)
+        fisher = torch.cat([x.flatten() for x in columns])
+        average(fisher)
+        return fisher + damping * v
 
     return product
 
@@ -245,7 +252,7 @@ def fisher_product(kl, parameters, damping):
 def conjugate_gradient(product, b, iters):
     """An x with product(x) near b (7), where product is linear, symmetric and positive.
 
-    It has no branch, so that a GPU can replay it: past the solution, r is 0 and x stays."""
+    No branch, so that a GPU can replay it: once r is 0, x stays as it is."""
     x, r, p, tiny = torch.zeros_like(b), b, b, torch.finfo(b.dtype).tiny
     square = r.dot(r)
     for _ in range(iters):
@@ -316,11 +323,12 @@ def train(args, resume=""):
         weights.grad.zero_()
         losses(obs, actions, old, advantages)[0].backward()
         average(weights.grad)
-        some = slice(None, None, args.fisher_every)
-        kl = agent.kl(old[some], agent.policy(obs[some])).mean()
-        product = fisher_product(kl, parameters, args.cg_damping)                           # (6)
-        x = conjugate_gradient(product, -weights.grad, args.cg_iters)                       # (7)
-        return x * (2 * max_kl / x.dot(product(x)).clamp(min=1e-30)).sqrt()                 # (8)
+        old, outputs = old[::args.fisher_every], agent.policy(obs[::args.fisher_every])
+        product = fisher_product(lambda new: agent.kl(old, new).mean(), outputs, parameters,
+                                 args.cg_damping)                                           # (6)
+        g = -weights.grad
+        x = conjugate_gradient(product, g, args.cg_iters)                                   # (7)
+        return x * (2 * max_kl / x.dot(g).clamp(min=1e-30)).sqrt()                          # (8)
 
     def update(obs, returns):
         """Take one Adam step of the critic on a minibatch (B, ...); return its loss."""
