@@ -57,16 +57,13 @@ class Args:
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
     checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
     # The algorithm.
-    buffer_size: int = arg(100_000, "transitions that the replay buffer holds", 1)
     batch_size: int = arg(256, "transitions of an update, for each member", 1)
     learning_starts: int = arg(1000, "steps of random actions before learning", 0)
     num_steps: int = arg(200, "steps of each environment between rounds of updates", 1)
     num_updates: int = arg(500, "updates in a round", 1)
     learning_rate: float = arg(1e-3, "Adam's step size, lowered linearly to 0 in each round", 0)
-    weight_decay: float = arg(3e-5, "share of the weights that decays, for each unit of step size", 0)
     ensemble_size: int = arg(5, "members of the ensemble", 1)
-    num_layers: int = arg(3, "hidden layers of each member", 1)
-    hidden_size: int = arg(200, "units in each of the hidden layers", 1)
+    hidden_size: int = arg(200, "units in each of the two hidden layers", 1)
     propagation: typing.Literal["ts1", "tsinf", "mean"] = arg("ts1", "ts1, tsinf or mean (3)")
     num_particles: int = arg(5, "particles that try each plan, equally many for each member", 1)
     planner: typing.Literal["random", "cem"] = arg("cem", "random or cem (5)")
@@ -126,7 +123,7 @@ class Model(nn.Module):
         super().__init__()
         self.propagation, outputs = args.propagation, obs_size + 1
         self.inputs, self.targets = Norm(obs_size + action_size), Norm(outputs)
-        sizes = [obs_size + action_size, *[args.hidden_size] * args.num_layers, 2 * outputs + 1]
+        sizes = [obs_size + action_size, args.hidden_size, args.hidden_size, 2 * outputs + 1]
         self.weights = nn.ParameterList(
             torch.randn(args.ensemble_size, n, m) / math.sqrt(n) for n, m in zip(sizes, sizes[1:]))
         self.biases = nn.ParameterList(torch.zeros(args.ensemble_size, 1, m) for m in sizes[1:])
@@ -191,9 +188,6 @@ class Agent(nn.Module):
         if args.num_particles % args.ensemble_size:
             raise UserError(f"{args.num_particles} particles cannot be shared equally by an "
                             f"ensemble of {args.ensemble_size}")
-        if args.replan_every > args.horizon:
-            raise UserError(f"replan_every is {args.replan_every}, beyond the horizon, "
-                            f"{args.horizon}")
         self.args, self.discrete = args, isinstance(action_space, gym.spaces.Discrete)
         if self.discrete:  # actions are one-hot; the mean of the elites is how often they take each
             low, high = torch.tensor([[0.0], [1.0]]).expand(2, int(action_space.n))
@@ -285,7 +279,7 @@ class Agent(nn.Module):
         """The first actions (N,) or (N, A) of plans for obs; if deterministic, without luck."""
         if self.plans is None or len(self.plans) != len(obs):
             self.begin(obs.new_ones(len(obs)))
-        self.plans = shift(self.plans, self.center)
+        self.plans = torch.cat([self.plans[:, 1:], self.center.expand_as(self.plans[:, :1])], 1)
         if self.age % self.args.replan_every == 0:
             self.plans = self.plan(obs, self.plans, *self.luck(deterministic))
         self.age += 1
@@ -293,46 +287,25 @@ class Agent(nn.Module):
         return actions.argmax(-1) if self.discrete else actions
 
 
-class ReplayBuffer:
-    """The last `size` transitions, as tensors (size // num_envs, num_envs, ...) on the device."""
+class Data:
+    """All transitions so far, as tensors (B, ...)."""
 
-    def __init__(self, size, *transition):
-        """One transition of every environment shows what the tensors must hold."""
-        num_envs, device = len(transition[0]), transition[0].device
-        self.rows, self.count = size // num_envs, 0
-        needed = self.rows * sum(x.nbytes for x in transition)
-        there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else (
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        if needed > there:
-            raise UserError(f"buffer_size is {size:,}, which needs {needed:,} bytes of memory; "
-                            f"there are {there:,}")
-        if RANK == 0:
-            print(f"replay buffer: {self.rows * num_envs:,} transitions, {needed / 1e6:,.1f} MB")
-        self.data = [torch.zeros(self.rows, *x.shape, dtype=x.dtype, device=device)
-                     for x in transition]
+    def __init__(self):
+        self.data = []
 
-    def add(self, *transition):
-        """Put one transition of every environment in the place of the oldest."""
-        for x, new in zip(self.data, transition):
-            x[self.count % self.rows] = new
-        self.count += 1
-
-    def all(self):
-        return [x[:self.count].flatten(0, 1) for x in self.data]
+    def add(self, *transitions):
+        self.data = [torch.cat(x) for x in zip(self.data or transitions, transitions)]
 
     def sample(self, *shape):
         """Any transitions (*shape, ...), each as likely as the others."""
-        filled, num_envs = min(self.count, self.rows), self.data[0].shape[1]
-        index = torch.randint(filled * num_envs, shape, device=self.data[0].device)
-        return [x.flatten(0, 1)[index] for x in self.data]
+        index = torch.randint(len(self.data[0]), shape, device=self.data[0].device)
+        return [x[index] for x in self.data]
 
     def state_dict(self):
-        return dict(count=self.count, data=[x[:self.count].clone() for x in self.data])
+        return dict(data=self.data)
 
     def load_state_dict(self, saved):
-        self.count = saved["count"]
-        for x, old in zip(self.data, saved["data"], strict=True):
-            x[:self.count] = old
+        self.data = saved["data"]
 
 
 # ==================================================================================== Algorithm
@@ -361,11 +334,6 @@ def cem(score, draw, mean, std, draws, elites):
     return mean
 
 
-def shift(plans, last):
-    """What is left of plans (N, H, A) after a step, with a new last action (A,)."""
-    return torch.cat([plans[:, 1:], last.expand_as(plans[:, :1])], 1)
-
-
 def train(args, resume="", reward=None, termination=None):
     """Train, from the start or on from the run folder `resume`; return agent and history.
 
@@ -373,22 +341,16 @@ def train(args, resume="", reward=None, termination=None):
     if args.learning_starts >= args.total_timesteps:
         raise UserError(f"learning_starts is {args.learning_starts:,}, which leaves none of the "
                         f"{args.total_timesteps:,} total_timesteps")
-    if args.buffer_size < max(args.batch_size, args.num_envs):
-        raise UserError(f"buffer_size is {args.buffer_size:,}, below batch_size or num_envs")
     device = setup(args)
     envs = Envs(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     agent.reward, agent.termination, model = reward, termination, agent.model
     weights = flatten(agent)
     learning_rate = torch.tensor(args.learning_rate, device=device)
-    optimizer = torch.optim.AdamW([weights], learning_rate, weight_decay=args.weight_decay,
-                                  fused=True, capturable=device.type == "cuda")
-    obs = torch.zeros(args.num_envs, *envs.obs_space.shape, device=device)
-    scalars, counts = obs[:, 0], obs.new_ones(args.num_envs, args.ensemble_size)
-    buffer = ReplayBuffer(args.buffer_size, obs, agent.vector(agent.explore(args.num_envs)), obs,
-                          scalars, scalars, counts)
-    # Of several processes a checkpoint keeps the first one's buffer, which all then go on with.
-    run = Run(args, envs, resume, agent=agent, optimizer=optimizer, buffer=buffer)
+    optimizer = torch.optim.Adam([weights], learning_rate, fused=True,
+                                 capturable=device.type == "cuda")
+    data = Data()  # of several processes a checkpoint keeps the first one's, for all to resume with
+    run = Run(args, envs, resume, agent=agent, optimizer=optimizer, data=data)
 
     def update(obs, actions, next_obs, rewards, terminations, counts):
         """Take one Adam step on a batch (B, ...) for each of E members; return the loss."""
@@ -424,29 +386,30 @@ def train(args, resume="", reward=None, termination=None):
     agent.plan, update = capture(agent.plan, device), capture(update, device)
     while run.step < args.total_timesteps:
         run.checkpoint()
-        rollout, planned = [], run.step >= args.learning_starts
+        rollout, plans = [], run.step >= args.learning_starts
         for _ in range(args.num_steps):
             agent.begin(envs.begins)
-            obs, actions = envs.obs, (agent.act(envs.obs) if planned else
-                                      agent.explore(args.num_envs))
+            obs, actions = envs.obs, agent.act(envs.obs) if plans else agent.explore(args.num_envs)
             rollout.append((agent.plans, obs, agent.vector(actions), *envs.step(actions)))
-            # Each member sees a transition as often as a bootstrap of all of them would hold it.
-            buffer.add(*rollout[-1][1:-1], torch.poisson(counts))
             run.step += args.num_envs * WORLD_SIZE
             run.progress()
+        _, *transitions, dones = rollout = [torch.stack(x) for x in zip(*rollout)]  # (T, N, ...)
+        # Each member sees a transition as often as a bootstrap of all of them would hold it.
+        counts = torch.poisson(torch.ones(*dones.shape, args.ensemble_size, device=device))
+        data.add(*(x.flatten(0, 1) for x in (*transitions, counts)))
         if run.step < args.learning_starts:
             continue
-        if planned:
-            validation_loss, predicted, realised = judge(*map(torch.stack, zip(*rollout)))
-        model.fit(*buffer.all()[:4])
+        if plans:
+            validation_loss, predicted, realised = judge(*rollout)
+        model.fit(*data.data[:4])
         for k in range(args.num_updates):
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - k / args.num_updates))
-            *batch, seen = buffer.sample(args.ensemble_size, args.batch_size)
-            loss = update(*batch, seen.diagonal(dim1=0, dim2=2).T)
+            *batch, counts = data.sample(args.ensemble_size, args.batch_size)
+            model_loss = update(*batch, counts.diagonal(dim1=0, dim2=2).T)
             run.progress()
-        if planned:
-            run.log(model_loss=loss, validation_loss=validation_loss, predicted_return=predicted,
-                    realised_return=realised)
+        if plans:
+            run.log(model_loss=model_loss, validation_loss=validation_loss,
+                    predicted_return=predicted, realised_return=realised)
     run.finish()
     return agent, run.history
 
