@@ -1,0 +1,507 @@
+"""TRPO against independent oracles: dense matrices, torch.distributions, loops, double precision."""
+import dataclasses
+import inspect
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import same, small
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
+
+import ppo
+import trpo
+from trpo import Agent, Args
+
+BOX = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([2, 10], np.float32))
+SPACES = [gym.spaces.Discrete(3), BOX]
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Args)}
+PLAIN = dict(norm_obs=False, norm_returns=False, anneal=False)
+
+
+def train(env, **changes):
+    """A short run without presets, statistics or schedules, all of which would hide the numbers."""
+    return trpo.train(Args(**DEFAULTS | small("trpo", **PLAIN) | dict(env=env) | changes))
+
+
+def random_agent(action_space, obs_size=3, hidden_size=16, noise=0.3):
+    """An agent whose policy is far from its initial near-indifference."""
+    torch.manual_seed(0)
+    space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float32)
+    agent = Agent(space, action_space, Args(norm_obs=False, hidden_size=hidden_size))
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    return agent
+
+
+def distribution(agent, pi):
+    """What Agent.policy gave, as torch.distributions has it."""
+    if agent.discrete:
+        return Categorical(logits=pi)
+    mean, log_std = pi.tensor_split(2, -1)
+    return Independent(Normal(mean, log_std.exp()), 1)
+
+
+def vector(module):
+    return torch.nn.utils.parameters_to_vector(module.parameters()).detach()
+
+
+# What it shares with PPO, whose tests speak for both.
+
+
+@pytest.mark.parametrize("name", ["RunningNorm", "NatureCNN", "MLP", "compute_gae",
+                                  "explained_variance"])
+def test_what_it_shares_with_ppo_is_the_same_text(name):
+    assert inspect.getsource(getattr(trpo, name)) == inspect.getsource(getattr(ppo, name))
+
+
+@pytest.mark.parametrize("env, goes_on", [
+    ("probes:Truncated-v0", 1), ("probes:Terminated-v0", 0), ("probes:Both-v0", 0)])
+def test_a_truncation_bootstraps_from_the_true_last_observation_a_termination_does_not(
+        env, goes_on, spy):
+    calls = spy(trpo, "compute_gae")
+    agent, _ = train(env, learning_rate=0, total_timesteps=64)  # V stays what it was
+    start, end = agent.value(torch.tensor([[0.0], [1.0]])).tolist()
+    assert abs(start - end) > 1e-3  # else the reset observation would pass for the last one
+    advantages, returns = calls[0]["out"]
+    expected = 2 + goes_on * 0.99 * end
+    assert torch.allclose(returns, torch.full_like(returns, expected), atol=1e-5)
+    assert torch.allclose(advantages, torch.full_like(returns, expected - start), atol=1e-5)
+
+
+def test_the_critic_sees_scaled_rewards_while_the_history_keeps_raw_ones(spy):
+    calls = spy(trpo, "compute_gae")
+    _, history = train("probes:Constant-v0", norm_returns=True, total_timesteps=320)
+    assert {row["episode_return"] for row in history} == {50.0}
+    raw, scale = [], 1.0  # the deviation of all returns until now, in the units of the rewards
+    for call in calls:
+        assert torch.allclose(call["rewards"], torch.tensor(10 / scale))
+        raw.append(call["out"][1] * scale)
+        scale = torch.cat(raw).std(correction=0).item()
+    assert len(calls) == 5 and scale > 5
+
+
+def test_observations_are_standardised_only_after_the_updates(spy):
+    calls = spy(Agent, "kl")
+    agent, _ = train("probes:Counter-v0", norm_obs=True, total_timesteps=320, learning_rate=0,
+                     max_kl=0)
+    assert agent.encoder.count == 320 and agent.encoder.mean.item() == pytest.approx(2, abs=0.3)
+    assert all(torch.allclose(call["old"], call["new"], atol=1e-6) for call in calls)
+
+
+# The policy.
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_log_probs_are_those_of_the_distribution(space):
+    agent, obs = random_agent(space), torch.randn(50, 3)
+    pi = agent.policy(obs)
+    expected = distribution(agent, pi)
+    actions = expected.sample()
+    log_probs = agent.log_probs(pi, actions)
+    assert log_probs.shape == (50,)
+    assert torch.allclose(log_probs, expected.log_prob(actions), atol=1e-4)
+    mode = agent.act(obs, deterministic=True)
+    assert torch.allclose(mode, expected.mode if agent.discrete else expected.mean)
+    stacked = agent.log_probs(pi.reshape(5, 10, -1), actions.reshape(5, 10, *actions.shape[1:]))
+    assert torch.equal(stacked.flatten(), log_probs)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_actions_are_drawn_from_the_policy_that_log_probs_describe(space):
+    agent, obs = random_agent(space), torch.randn(1, 3)
+    torch.manual_seed(1)
+    actions = agent.act(obs.expand(40_000, 3))
+    pi = agent.policy(obs).detach()
+    expected = distribution(agent, pi)
+    if agent.discrete:
+        frequencies = actions.bincount(minlength=3) / 40_000
+        assert torch.allclose(frequencies, expected.probs[0], atol=0.01)
+    else:
+        assert torch.allclose(actions.mean(0), expected.mean[0], atol=0.15)
+        assert torch.allclose(actions.std(0), expected.stddev[0], rtol=0.02)
+    # The mean of -log pi over draws from pi, which is logged as entropy, estimates it.
+    surprise = -agent.log_probs(pi.expand(40_000, -1), actions).mean()
+    assert surprise.item() == pytest.approx(expected.entropy().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_kl_is_that_of_old_from_new_in_this_order(space):
+    agent, obs = random_agent(space), torch.randn(50, 3)
+    old = agent.policy(obs)
+    new = old + 0.3 * torch.randn_like(old)
+    expected = kl_divergence(distribution(agent, old), distribution(agent, new))
+    reverse = kl_divergence(distribution(agent, new), distribution(agent, old))
+    assert not torch.allclose(expected, reverse, rtol=0.01)
+    assert agent.kl(old, new).shape == (50,)
+    assert torch.allclose(agent.kl(old, new), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_tiny_kl_keeps_its_digits_in_single_precision(space):
+    agent, obs = random_agent(space), torch.randn(500, 3)
+    old = agent.policy(obs).detach()
+    new = old + 0.01 * torch.randn_like(old)
+    exact = agent.kl(old.double(), new.double()).mean().item()
+    assert 1e-6 < exact < 1e-3
+    assert agent.kl(old, new).mean().item() == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize("env", ["probes:ImageLast-v0", "probes:BoxImage-v0", "Pendulum-v1"])
+def test_actor_and_critic_share_no_weight_and_the_deviations_are_the_actors(env):
+    args = Args(**small("trpo", env=env))
+    envs = trpo.Envs(env, 2, torch.device("cpu"))
+    agent = Agent(envs.obs_space, envs.action_space, args)
+    actor, critic = ({id(x) for x in net.parameters()} for net in (agent.actor, agent.critic))
+    assert not actor & critic and len(actor | critic) == len(list(agent.parameters()))
+    assert agent.discrete or id(agent.actor.log_std) in actor
+
+
+# The Fisher product and the conjugate gradients.
+
+
+def tiny_agent(space):
+    """Two inputs, one hidden unit in each layer: few enough weights for a dense Hessian."""
+    return random_agent(space, obs_size=2, hidden_size=1, noise=1).double()
+
+
+def kl_of_weights(agent, obs, old):
+    """The mean KL as a function of the actor's weights in one vector, by torch.distributions."""
+    shapes = {name: x.shape for name, x in agent.actor.named_parameters()}
+
+    def kl(weights):
+        parts = weights.split([shape.numel() for shape in shapes.values()])
+        actor = {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items())}
+        outputs = torch.func.functional_call(
+            agent.actor, actor, (obs,), tie_weights=False)
+        if agent.discrete:
+            new = Categorical(logits=outputs)
+        else:
+            std = actor["log_std"].exp().expand_as(outputs)
+            new = Independent(Normal(agent.center + agent.scale * outputs, std), 1)
+        return kl_divergence(old, new).mean()
+
+    return kl
+
+
+def dense_fisher(agent, obs):
+    old = distribution(agent, agent.policy(obs).detach())
+    return torch.autograd.functional.hessian(kl_of_weights(agent, obs, old), vector(agent.actor))
+
+
+def product_of(agent, obs, damping):
+    outputs = agent.policy(obs)
+    old = outputs.detach()
+    return trpo.fisher_product(lambda new: agent.kl(old, new).mean(), outputs,
+                               list(agent.actor.parameters()), damping)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("damping", [0, 0.3])
+def test_the_fisher_product_is_that_of_the_dense_hessian_of_the_kl(space, damping):
+    agent, obs = tiny_agent(space), torch.randn(40, 2, dtype=torch.double)
+    fisher = dense_fisher(agent, obs)
+    product = product_of(agent, obs, damping)
+    assert 10 <= len(fisher) <= 20 and torch.linalg.matrix_rank(fisher) > 4
+    columns = torch.stack([product(v) for v in torch.eye(len(fisher), dtype=torch.double)])
+    assert torch.allclose(columns, fisher + damping * torch.eye(len(fisher)), atol=1e-10)
+
+
+def test_the_fisher_product_is_that_of_the_covariance_of_the_score():
+    agent, obs = tiny_agent(gym.spaces.Discrete(3)), torch.randn(40, 2, dtype=torch.double)
+    expected = 0
+    for one in obs:
+        log_pi = agent.actor(one).log_softmax(-1)
+        for log_p in log_pi:
+            score = torch.cat([x.flatten() for x in torch.autograd.grad(
+                log_p, list(agent.actor.parameters()), retain_graph=True)])
+            expected = expected + log_p.exp().detach() * torch.outer(score, score) / len(obs)
+    product = product_of(agent, obs, 0)
+    columns = torch.stack([product(v) for v in torch.eye(len(expected), dtype=torch.double)])
+    assert torch.allclose(columns, expected, atol=1e-10)
+
+
+def test_conjugate_gradients_solve_what_a_dense_solver_solves():
+    torch.manual_seed(0)
+    root, b = torch.randn(12, 12, dtype=torch.double), torch.randn(12, dtype=torch.double)
+    matrix = root @ root.T + 0.1 * torch.eye(12)
+    x = trpo.conjugate_gradient(lambda v: matrix @ v, b, 12)
+    assert torch.allclose(x, torch.linalg.solve(matrix, b), rtol=1e-6)
+    # After fewer iterations x.b is still x.Fx, on which the length of the step rests.
+    for iters in (1, 3, 7):
+        x = trpo.conjugate_gradient(lambda v: matrix @ v, b, iters)
+        assert x.dot(b).item() == pytest.approx(x.dot(matrix @ x).item(), rel=1e-6)
+        assert (matrix @ x - b).norm() > 1e-3
+
+
+def test_conjugate_gradients_stay_at_the_solution_and_at_zero():
+    torch.manual_seed(0)
+    root, b = torch.randn(5, 5), torch.randn(5)
+    matrix = root @ root.T + torch.eye(5)
+    x = trpo.conjugate_gradient(lambda v: matrix @ v, b, 200)  # r underflows on the way
+    assert torch.allclose(x, torch.linalg.solve(matrix, b), rtol=1e-4)
+    assert torch.equal(trpo.conjugate_gradient(lambda v: matrix @ v, 0 * b, 10), 0 * b)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("iters, damping", [(10, 0.1), (25, 0.1), (15, 1e-3)])
+def test_single_precision_costs_conjugate_gradients_no_accuracy(space, iters, damping):
+    """A network and a batch of real size. Only in this test is anything double."""
+    agent, solutions = random_agent(space, 8, 64, noise=0.05), []
+    obs = torch.randn(2048, 8)
+    b = torch.randn(len(vector(agent.actor))) * 0.01
+    pi = agent.policy(obs).detach()
+    actions, advantages = distribution(agent, pi).sample(), torch.randn(2048)
+    loss = -(agent.log_probs(agent.policy(obs), actions) * advantages).mean()
+    b = -torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(agent.actor.parameters()))])
+    for dtype in (torch.float, torch.double):
+        product = product_of(agent.to(dtype), obs.to(dtype), damping)
+        x = trpo.conjugate_gradient(product, b.to(dtype), iters)
+        solutions.append((x.double(), x.dot(b.to(dtype)).item(), x.dot(product(x)).item()))
+    (x, xb, xFx), (exact, exact_xb, _) = solutions
+    assert torch.cosine_similarity(x, exact, dim=0) > 1 - 1e-5
+    assert (x - exact).norm() < 5e-3 * exact.norm()
+    assert xb == pytest.approx(exact_xb, rel=1e-4) and xb == pytest.approx(xFx, rel=1e-4)
+
+
+# The step.
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("fisher_every", [1, 3])
+def test_the_step_is_the_natural_gradient_scaled_to_max_kl(env, fisher_every, spy):
+    policy, log_probs, gae = spy(Agent, "policy"), spy(Agent, "log_probs"), spy(trpo, "compute_gae")
+    spy_cg = spy(trpo, "conjugate_gradient")
+    agent, _ = train(env, total_timesteps=64, hidden_size=2, cg_iters=60, cg_damping=0.05,
+                     max_kl=1e-4, line_search=False, fisher_every=fisher_every)
+    moved = vector(agent.actor)
+    obs, actions = policy[0]["obs"].double(), log_probs[0]["actions"].double()
+    assert obs.shape[:2] == (16, 4)
+
+    first = start(env, hidden_size=2)
+    weights = vector(first.actor)
+    first = first.double()
+    some = obs[::fisher_every].flatten(0, 1)
+    fisher = dense_fisher(first, some) + 0.05 * torch.eye(len(weights))
+    advantages = gae[0]["out"][0].double()
+    pi = distribution(first, first.policy(obs))
+    gain = (pi.log_prob(actions) * (advantages - advantages.mean())).mean()
+    g = torch.cat([x.flatten() for x in torch.autograd.grad(gain, list(first.actor.parameters()))])
+    assert torch.allclose(spy_cg[0]["b"].double(), g, atol=1e-4 * g.norm())
+    x = torch.linalg.solve(fisher, g)
+    step = x * math.sqrt(2 * 1e-4 / (x @ fisher @ x))
+    assert torch.allclose((moved - weights).double(), step, atol=0.01 * step.norm())
+
+
+def start(env, **changes):
+    """The agent that a run begins with."""
+    args = Args(**DEFAULTS | small("trpo", **PLAIN) | dict(env=env) | changes)
+    device = trpo.setup(args)
+    envs = trpo.Envs(env, args.num_envs, device)
+    return Agent(envs.obs_space, envs.action_space, args)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "probes:Bounds-v0"])
+@pytest.mark.parametrize("max_kl", [0.01, 1.0])
+def test_an_accepted_step_improves_and_stays_within_max_kl(env, max_kl, spy):
+    policy, log_probs, gae = spy(Agent, "policy"), spy(Agent, "log_probs"), spy(trpo, "compute_gae")
+    searches = spy(trpo, "line_search")
+    agent, history = train(env, total_timesteps=64, max_kl=max_kl, cg_damping=1e-3)
+    obs, actions = policy[0]["obs"], log_probs[0]["actions"]
+    first = start(env)
+    assert torch.equal(vector(first.actor), searches[0]["weights"])
+    old, new = (distribution(a, a.policy(obs).detach()) for a in (first, agent))
+    kl = kl_divergence(old, new).mean().item()
+    advantages = gae[0]["out"][0] - gae[0]["out"][0].mean()
+    ratio = (new.log_prob(actions) - old.log_prob(actions)).exp()
+    loss = -sum((r - 1) * a for r, a in zip(ratio.flatten().tolist(),
+                                            advantages.flatten().tolist())) / 64
+    assert 0.2 * max_kl < kl <= max_kl * 1.001 and loss < 0
+    assert history[-1]["kl"] == pytest.approx(kl, rel=1e-2)
+    assert history[-1]["policy_loss"] == pytest.approx(loss, rel=1e-2, abs=1e-5)
+    assert history[-1]["step_fraction"] == searches[0]["out"] > 0
+    entropy = -old.log_prob(actions).mean().item()
+    assert history[-1]["entropy"] == pytest.approx(entropy, rel=1e-3)
+
+
+def test_the_policy_is_the_old_one_until_the_step(spy):
+    calls = spy(trpo, "surrogate")
+    train("Pendulum-v1", total_timesteps=64)
+    assert torch.allclose(calls[0]["ratio"], torch.ones(16, 4), atol=1e-6)
+    assert calls[0]["out"].item() == pytest.approx(0, abs=1e-6)
+    assert not torch.allclose(calls[-1]["ratio"], torch.ones(16, 4), atol=1e-3)
+
+
+def searched(losses, max_kl=1.0):
+    """line_search from weights 1 to 11, where measure gives these losses in turn."""
+    weights, seen, answers = torch.tensor([1.0, math.pi]), [], iter(losses)
+
+    def measure():
+        seen.append(weights[0].item())
+        return torch.tensor(next(answers))
+
+    fraction = trpo.line_search(weights, torch.tensor([10.0, 1.0]), measure, max_kl, 0.5)
+    return fraction, weights, seen
+
+
+def test_the_search_takes_the_longest_step_that_improves_within_max_kl():
+    nan = math.nan
+    for losses, expected in [
+            ([[-1, 0.5]], 1), ([[-1, 1.0]], 1), ([[-1, 1.5], [-0.1, 0.9]], 0.5),
+            ([[1, 0.1], [-1, 0.1]], 0.5), ([[0, 0.1], [-1, 0.1]], 0.5),
+            ([[nan, 0.1], [-1, nan], [-1, 0.1]], 0.25)]:
+        fraction, weights, seen = searched(losses)
+        assert fraction == expected and len(seen) == len(losses)
+        assert seen == [1 + 10 * 0.5 ** k for k in range(len(losses))]
+        assert weights.tolist() == pytest.approx([1 + 10 * expected, math.pi + expected])
+
+
+@pytest.mark.parametrize("answer", [[-1, 2], [1, 0.1], [0, 0.1], [math.nan, 0.1], [-1, math.nan]])
+def test_a_search_that_fails_restores_the_weights_bit_for_bit(answer):
+    fraction, weights, seen = searched([answer] * 99)
+    assert fraction == 0 and 5 <= len(seen) < 99
+    assert torch.equal(weights, torch.tensor([1.0, math.pi]))
+
+
+@pytest.mark.parametrize("line_search", [True, False])
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_advantages_of_zero_leave_the_policy_bit_identical(env, line_search, monkeypatch):
+    gae = trpo.compute_gae
+    monkeypatch.setattr(trpo, "compute_gae", lambda *args: (
+        0 * gae(*args)[0], gae(*args)[1]))
+    agent, history = train(env, total_timesteps=256, line_search=line_search)
+    assert torch.equal(vector(agent.actor), vector(start(env).actor))
+    assert history[-1]["kl"] == pytest.approx(0, abs=1e-7)
+
+
+def test_a_search_that_fails_in_training_leaves_the_policy_and_still_fits_the_critic(monkeypatch):
+    kl = Agent.kl
+    monkeypatch.setattr(Agent, "kl", lambda self, old, new: kl(self, old, new) + (
+        0 if new.requires_grad else 9))
+    agent, history = train("Pendulum-v1", total_timesteps=256)
+    first = start("Pendulum-v1")
+    assert torch.equal(vector(agent.actor), vector(first.actor))
+    assert not torch.equal(vector(agent.critic), vector(first.critic))
+    assert {row["step_fraction"] for row in history} == {0.0}
+    assert {row["policy_loss"] for row in history} == {0.0}
+
+
+def test_without_the_search_the_whole_step_is_taken_whatever_it_does(spy):
+    searches = spy(trpo, "line_search")
+    settings = dict(total_timesteps=64, max_kl=1.0, cg_damping=1e-3)
+    _, history = train("CartPole-v1", **settings)
+    assert searches[0]["out"] < 1 and history[-1]["kl"] <= 1
+    natural, history = train("CartPole-v1", line_search=False, **settings)
+    assert len(searches) == 1 and history[-1]["kl"] > 1 and history[-1]["step_fraction"] == 1
+    whole = searches[0]["weights"] + searches[0]["step"]
+    assert torch.allclose(vector(natural.actor), whole, atol=1e-6)
+
+
+# The critic.
+
+
+def test_the_critic_is_fitted_to_constant_returns_and_only_the_critic(spy):
+    policy, gae = spy(Agent, "policy"), spy(trpo, "compute_gae")
+    agent, history = train("Pendulum-v1", total_timesteps=64, num_minibatches=1, update_epochs=1,
+                           learning_rate=0)
+    got = {name: p.grad.clone() for name, p in agent.critic.named_parameters()}
+    loss, returns = 0, gae[0]["out"][1].flatten().tolist()
+    for obs, target in zip(policy[0]["obs"].flatten(0, 1), returns, strict=True):
+        loss = loss + (agent.critic(obs).squeeze() - target).square() / 64
+    assert history[-1]["value_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    names = [name for name, _ in agent.critic.named_parameters()]
+    for name, expected in zip(names, torch.autograd.grad(loss, list(agent.critic.parameters()))):
+        assert torch.allclose(got[name], expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+
+
+def test_policy_and_critic_are_trained_apart():
+    for still, moves, changes in [("critic", "actor", dict(learning_rate=0)),
+                                  ("actor", "critic", dict(max_kl=0))]:
+        agent, _ = train("Pendulum-v1", total_timesteps=256, **changes)
+        first = start("Pendulum-v1")
+        assert same(getattr(agent, still).state_dict(), getattr(first, still).state_dict())
+        for name, value in getattr(agent, moves).named_parameters():
+            assert not torch.equal(value, getattr(first, moves).get_parameter(name)), name
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 4, 21])
+def test_every_transition_is_fitted_once_an_epoch_whatever_the_remainder(num_minibatches, spy):
+    loss, gae = spy(trpo.F, "mse_loss"), spy(trpo, "compute_gae")
+    train("Pendulum-v1", total_timesteps=21, num_envs=3, num_steps=7, update_epochs=2,
+          num_minibatches=num_minibatches)
+    returns = gae[0]["out"][1].flatten()
+    used = [call["target"] for call in loss]
+    assert len(used) == 2 * num_minibatches
+    assert all(call["input"].shape == call["target"].shape for call in loss)
+    first, second = torch.cat(used[:num_minibatches]), torch.cat(used[num_minibatches:])
+    assert len(returns.unique()) == 21  # so that returns tell transitions apart
+    assert torch.equal(first.sort()[0], returns.sort()[0])
+    assert torch.equal(second.sort()[0], returns.sort()[0])
+    assert not torch.equal(first, second) and not torch.equal(first, returns)  # shuffled anew
+
+
+def test_a_minibatch_keeps_observations_and_returns_together(spy):
+    values, loss, gae = spy(Agent, "value"), spy(trpo.F, "mse_loss"), spy(trpo, "compute_gae")
+    train("Pendulum-v1", total_timesteps=64, update_epochs=1, num_minibatches=4)
+    whole, _, *parts = values
+    known = dict(zip(map(tuple, whole["obs"].flatten(0, 1).tolist()),
+                     gae[0]["out"][1].flatten().tolist(), strict=True))
+    for part, call in zip(parts, loss, strict=True):
+        assert [known[tuple(obs)] for obs in part["obs"].tolist()] == call["target"].tolist()
+
+
+@pytest.mark.parametrize("num_envs, num_steps, num_minibatches", [
+    (4, 8, 32), (1, 1, 1), (4, 8, 99)])
+def test_a_minibatch_of_one_or_none_leaves_everything_finite(num_envs, num_steps, num_minibatches):
+    try:
+        agent, history = train(
+            "probes:Truncated-v0", total_timesteps=64, norm_returns=True, norm_obs=True,
+            num_envs=num_envs, num_steps=num_steps, num_minibatches=num_minibatches)
+    except trpo.UserError:
+        assert num_minibatches > num_envs * num_steps  # what cannot be done may be refused
+        return
+    assert all(value.isfinite().all() for value in agent.state_dict().values())
+
+
+# Schedules.
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_step_size_and_trust_region_shrink_linearly_from_the_start_to_the_end(
+        anneal, monkeypatch, spy):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (
+        rates.append(float(self.param_groups[0]["lr"])), step(self, *args))[1])
+    searches, solutions = spy(trpo, "line_search"), spy(trpo, "conjugate_gradient")
+    train("probes:Counter-v0", total_timesteps=640, num_minibatches=1, update_epochs=1,
+          anneal=anneal, learning_rate=1e-3, max_kl=0.05)
+    remaining = [1 - k / 10 if anneal else 1 for k in range(10)]  # start 1, middle 0.5, end 0.1
+    assert rates == pytest.approx([1e-3 * x for x in remaining])
+    assert [call["max_kl"] for call in searches] == pytest.approx([0.05 * x for x in remaining])
+    for search, solution, left in zip(searches, solutions, remaining, strict=True):
+        x, g = solution["out"], solution["b"]
+        assert torch.allclose(search["step"], x * (2 * 0.05 * left / x.dot(g)).sqrt(), rtol=1e-3)
+
+
+# Learning.
+
+
+@pytest.mark.parametrize("line_search", [True, False])
+def test_the_arm_that_pays_becomes_likelier(line_search):
+    agent, _ = train("probes:Arms-v0", total_timesteps=2048, line_search=line_search)
+    assert agent.policy(torch.zeros(1, 1)).softmax(-1)[0, 1] > 0.8
+
+
+def test_continuous_actions_move_to_the_best_one():
+    agent, _ = train("probes:Target-v0", total_timesteps=8192, num_steps=64, max_kl=0.05,
+                     norm_returns=True)
+    assert torch.allclose(agent.act(torch.zeros(1, 1), True), torch.ones(1, 2), atol=0.35)
+
+
+def test_cartpole_is_learnt_within_20_thousand_steps():
+    args = Args(env="CartPole-v1", total_timesteps=20_000, seed=1, device="cpu")
+    agent, _ = trpo.train(args)
+    # A random policy gets 22.
+    assert trpo.evaluate(agent, args, 20).mean() > 100
