@@ -1,33 +1,31 @@
 # SPDX-License-Identifier: MIT
 """Deep Q-Network (DQN): learn what each action is worth, then take the one worth most.
 
-Q(obs, a) is the return after action a if all later actions are the best. It obeys Bellman's
-equation, so DQN regresses it on its own next values: on transitions drawn from a replay buffer,
-in which neighbours do not resemble each other, and with the next values of a target network that
-stands still for a while.
+Q(obs, a) is the return of action a if only the best actions follow. That return is the reward and
+then the highest Q of next_obs, so Q can learn from its own values: on old transitions drawn from a
+replay buffer, and with the next values of a target network that stands still for a while.
 
-(1)  td_target = sum_{k<n} gamma^k * rewards[t + k] + gamma^n * (1 - terminations) * next_value
-     with n = n_step steps, or those until the episode ends
-(2)  next_value = target_Q(next_obs, argmax_a target_Q(next_obs, a)), or argmax_a Q(...) if double
+(1)  td_target = sum_{k < n} gamma^k * rewards[t + k] + gamma^n * (1 - terminations) * next_value,
+     n = n_step, or fewer where the episode ends before
+(2)  next_value = target_Q(next_obs, a) of the a with the highest target_Q, or if double, Q
 (3)  loss = E[importance * huber(Q(obs, actions) - td_target)]
-(4)  target_weights = weights every target_every steps, or
-     target_weights = target_weights + tau * (weights - target_weights) at each update
-(5)  actions = argmax_a Q(obs, a), but uniform with probability epsilon; or draws from
-     softmax(Q(obs, .) / temperature): epsilon and temperature are `exploration`, falling linearly
-(6)  P(i) = p_i^alpha / sum_j p_j^alpha with p = |Q(obs, actions) - td_target| if prioritized
-     importance = (N * P(i))^-beta / max_i, with beta rising to 1; without priorities it is 1
-(7)  Q(obs, a) = V(obs) + A(obs, a) - mean_a A(obs, a) if dueling
+(4)  target_weights = weights every target_every steps, or without target_every at each update
+     target_weights = target_weights + tau * (weights - target_weights)
+(5)  actions = argmax_a Q(obs, a), but with probability epsilon any; or, if boltzmann, draws from
+     softmax(Q(obs, .) / temperature). `exploration` is either, and falls linearly
+(6)  if prioritized, P(i) = p_i^alpha / sum_j p_j^alpha with p = |Q(obs, actions) - td_target|, and
+     importance = (N * P(i))^-beta, over the highest in the batch, beta rising to 1; else both are 1
+(7)  Q(obs, a) = V(obs) + A(obs, a) - mean_a A(obs, a), if dueling
 
     repeat
         take train_every steps with the actions (5) into the buffer
-        num_updates times, with batch_size transitions of the buffer, drawn alike or by (6)
+        let the target follow every target_every steps (4)
+        num_updates times, with batch_size transitions drawn from the buffer by P (6)
             take one Adam step down the gradient of the loss (3)
-        let the target network follow (4)
 
-Mnih et al. 2015, Nature 518; double arXiv:1509.06461, dueling arXiv:1511.06581, prioritized
-arXiv:1511.05952, n-step as in Rainbow, arXiv:1710.02298. V and A share all layers but the last,
-updates come in rounds as large as the pause before, and where a time limit cuts an episode off,
-the value of the state goes on. Example: --env LunarLander-v3 --prioritized
+Mnih et al. 2015, Nature 518; double is arXiv:1509.06461, dueling arXiv:1511.06581, prioritized
+arXiv:1511.05952, and n-step as in arXiv:1710.02298. V and A share all layers but the last here, and
+where a time limit cuts an episode off, the value of the state goes on. Example: --env Acrobot-v1
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -67,11 +65,10 @@ class Args:
     gamma: float = arg(0.99, "discount factor", 0, 1)
     target_every: int = arg(250, "steps between copies into the target; 0 is to follow by tau", 0)
     tau: float = arg(0.005, "how far the target moves to the network at each update", 0, 1)
-    max_grad_norm: float = arg(10.0, "longer gradients are scaled down to this norm", 0)
     exploration: typing.Literal["epsilon", "boltzmann"] = arg("epsilon", "epsilon or boltzmann (5)")
     exploration_start: float = arg(1.0, "epsilon or temperature at the first step", 0)
     exploration_end: float = arg(0.05, "epsilon or temperature in the end", 0)
-    exploration_fraction: float = arg(0.15, "part of the run in which it falls to that", 0, 1)
+    exploration_fraction: float = arg(0.15, "part of the run in which it falls to that", 1e-9, 1)
     double: bool = arg(True, "let Q choose the action that the target network values (2)")
     dueling: bool = arg(False, "split Q into the state's value and the actions' advantages (7)")
     prioritized: bool = arg(False, "draw transitions by their last error (6)")
@@ -88,18 +85,16 @@ class Args:
         check(self)
 
 
+CONTROL = dict(buffer_size=50_000, exploration_end=0.1, exploration_fraction=0.12)
 PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, num_envs=8, train_every=32, num_updates=128,
-                        batch_size=64, learning_rate=2.3e-3, target_every=10,
-                        exploration_end=0.04, exploration_fraction=0.16),
+                        batch_size=64, learning_rate=2.3e-3, target_every=10),
     "MountainCar-v0": dict(total_timesteps=120_000, num_envs=1, train_every=16, num_updates=8,
                            buffer_size=10_000, learning_rate=4e-3, gamma=0.98, target_every=600,
                            exploration_end=0.07, exploration_fraction=0.2),
-    "Acrobot-v1": dict(total_timesteps=100_000, buffer_size=50_000, exploration_end=0.1,
-                       exploration_fraction=0.12),
-    "LunarLander-v3": dict(total_timesteps=300_000, buffer_size=50_000, exploration_end=0.1,
-                           exploration_fraction=0.12),
-    "ALE/*": dict(total_timesteps=10_000_000, buffer_size=1_000_000, frame_stack=4, num_envs=8,
+    "Acrobot-v1": CONTROL | dict(total_timesteps=100_000),
+    "LunarLander-v3": CONTROL | dict(total_timesteps=300_000),
+    "ALE/*": dict(total_timesteps=10_000_000, num_envs=8, buffer_size=1_000_000, frame_stack=4,
                   batch_size=32, learning_starts=80_000, train_every=4, num_updates=8,
                   learning_rate=1e-4, target_every=8000, exploration_end=0.01,
                   exploration_fraction=0.1)}
@@ -132,7 +127,7 @@ class MLP(nn.Sequential):
 
 
 class Agent(nn.Module):
-    """The values Q of the actions, and the policy that follows from them."""
+    """The values Q of all actions; the policy takes the action of the highest."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
@@ -141,10 +136,8 @@ class Agent(nn.Module):
         else:
             self.encoder = nn.Identity()
             sizes = [obs_space.shape[0], args.hidden_size, args.hidden_size]
-        self.dueling, self.boltzmann = args.dueling, args.exploration == "boltzmann"
-        self.num_actions = int(action_space.n)
+        self.dueling, self.num_actions = args.dueling, int(action_space.n)
         self.q_network = MLP(*sizes, self.num_actions + self.dueling)
-        self.register_buffer("exploration", torch.tensor(args.exploration_start))
 
     def q_values(self, obs):
         """Q(obs, .): (..., num_actions) for obs (..., *shape)."""
@@ -155,35 +148,27 @@ class Agent(nn.Module):
         return outputs
 
     @torch.inference_mode()
-    def act(self, obs, deterministic=False):
-        """Actions (N,) for obs (N, *shape): the best ones, or with exploration (5)."""
+    def act(self, obs, deterministic=False, noise=0.0):
+        """Actions (N,) for obs (N, *shape): those of the highest Q, with the noise or without."""
         q_values = self.q_values(obs)
-        if self.boltzmann and not deterministic:
-            # With Gumbel noise the argmax is a draw from the softmax.
-            q_values = q_values - self.exploration * torch.empty_like(q_values).exponential_().log()
-        actions = q_values.argmax(-1)
-        if self.boltzmann or deterministic:
-            return actions
-        at_random = torch.rand(len(actions), device=actions.device) < self.exploration
-        return torch.where(at_random, torch.randint_like(actions, self.num_actions), actions)
+        return (q_values if deterministic else q_values + noise).argmax(-1)
 
 
 class ReplayBuffer:
     """The last `size` transitions, as tensors (size // num_envs, num_envs, ...) on the device.
 
-    Where an observation stacks frames, only the newest frame is kept, and no next_obs."""
+    Where an image stacks frames, only its newest frame is kept, and no next_obs."""
 
-    def __init__(self, size, frame_stack, *transition):
-        """One transition of every environment shows what the tensors must hold."""
-        obs, device = transition[0], transition[0].device
-        if obs.shape[1] % frame_stack:
-            raise UserError(f"frame_stack is {frame_stack}, which does not divide the observation "
-                            f"{tuple(obs.shape[1:])}")
-        self.frame_stack, self.channels = frame_stack, obs.shape[1] // frame_stack
-        self.rows, self.num_envs, self.count = size // len(obs), len(obs), 0
+    def __init__(self, size, frame_stack, *rollout):
+        """A rollout (1, num_envs, ...) shows what the tensors must hold."""
+        (_, self.num_envs, channels, *_), device = rollout[0].shape, rollout[0].device
+        if channels % frame_stack:
+            raise UserError(f"frame_stack is {frame_stack}, which does not divide {channels}")
+        self.frame_stack, self.channels = frame_stack, channels // frame_stack
+        self.rows, self.count = size // self.num_envs, 0
         self.highest = torch.ones((), device=device)  # of all priorities until now
-        transition = self.kept(*transition)
-        needed = self.rows * sum(x.nbytes for x in transition)
+        rollout = self.kept(*rollout)
+        needed = self.rows * sum(x.nbytes for x in rollout)
         there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else (
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         if needed > there:
@@ -192,29 +177,30 @@ class ReplayBuffer:
         if RANK == 0:
             print(f"replay buffer: {self.rows * self.num_envs:,} transitions, "
                   f"{needed / 1e6:,.1f} MB")
-        self.data = [torch.zeros(self.rows, *x.shape, dtype=x.dtype, device=device)
-                     for x in transition]
+        self.data = [torch.zeros(self.rows, *x.shape[1:], dtype=x.dtype, device=device)
+                     for x in rollout]
+        self.flat = [x.flatten(0, 1) for x in self.data]  # a step further is num_envs further
 
     def kept(self, obs, begins, actions, next_obs, rewards, terminations):
-        """What the buffer holds of a transition; as yet without an error it is drawn soon (6)."""
+        """What of a rollout is held, and its priorities: new transitions are to be drawn soon."""
         if self.frame_stack > 1:
-            obs, next_obs = obs[:, -self.channels:], next_obs[:, :0]
-        return obs, begins, actions, next_obs, rewards, terminations, self.highest.expand(len(obs))
+            obs, next_obs = obs[:, :, -self.channels:], next_obs[:, :, :0]
+        return obs, begins, actions, next_obs, rewards, terminations, self.highest.expand_as(begins)
 
-    def add(self, *transition):
-        """Put one transition of every environment in the place of the oldest."""
-        for x, new in zip(self.data, self.kept(*transition)):
-            x[self.count % self.rows] = new
-        self.count += 1
+    def add(self, *rollout):
+        """Put a rollout (T, num_envs, ...) in the place of the oldest rows."""
+        index = torch.arange(self.count, self.count + len(rollout[0]), device=self.highest.device)
+        for x, new in zip(self.data, self.kept(*rollout)):
+            x[index % self.rows] = new
+        self.count += len(index)
 
     def sample(self, batch_size, gamma, n_step, beta=None):
-        """Transitions (batch_size, ...) with n_step rewards each, drawn alike or, with beta, by
-        their priorities; first their indices, last their importance."""
-        # The oldest row may come after the newest one, but it does not go on from there.
-        self.data[1][self.count % self.rows] = 1
-        obs, begins, actions, next_obs, rewards, terminations, priorities = (
-            x.flatten(0, 1) for x in self.data)
+        """Indices (B,), transitions (B, ...) of n_step rewards, and their importance: all are as
+        likely or, with beta, as their priorities say."""
+        obs, begins, actions, next_obs, rewards, terminations, priorities = self.flat
         filled = min(self.count, self.rows) * self.num_envs
+        # After the newest row comes the oldest, which does not go on with the episode.
+        self.data[1][self.count % self.rows] = 1
         if beta is None:
             index = torch.randint(filled, (batch_size,), device=obs.device)
             importance = torch.ones(batch_size, device=obs.device)
@@ -224,16 +210,16 @@ class ReplayBuffer:
             index, rewards, terminations, begins, self.num_envs, gamma, n_step)
         if self.frame_stack == 1:
             obs, next_obs = obs[index], next_obs[last]
-        else:  # without weight where frames are missing: soon after the beginning, at a time limit
+        else:  # no weight where frames are missing: at an episode's beginning or its time limit
             follower = (last + self.num_envs) % len(begins)
             next_obs, next_whole = stack(obs, begins, follower, self.num_envs, self.frame_stack)
             obs, whole = stack(obs, begins, index, self.num_envs, self.frame_stack)
-            importance = importance * (whole & (next_whole | (terminations[last] > 0)))
+            importance = importance * (whole & (next_whole | (discounts == 0)))
         return index, obs, actions[index], returns, next_obs, discounts, importance
 
     def prioritize(self, index, td_errors, alpha):
-        priorities = (td_errors.abs() + 1e-6).pow(alpha)
-        self.data[-1].view(-1)[index] = priorities
+        """Let these transitions be drawn by their errors from now on (6)."""
+        self.flat[-1][index] = priorities = (td_errors.abs() + 1e-6).pow(alpha)
         torch.maximum(self.highest, priorities.max(), out=self.highest)
 
     def state_dict(self):
@@ -249,15 +235,21 @@ class ReplayBuffer:
 
 
 # ==================================================================================== Algorithm
-def linear_schedule(start, end, part):
-    """From start to end while `part` goes from 0 to 1, and then the end."""
-    return start + (end - start) * min(part, 1)
+def draw_noise(shape, exploration, level, device):
+    """Noise of this shape (..., num_actions), with which the argmax of Q explores (5).
+
+    With Gumbel noise the argmax is a draw from the softmax; with a lot of it, of any action."""
+    noise = -torch.empty(shape, device=device).exponential_().log()
+    if exploration == "boltzmann":
+        return level * noise
+    at_random = torch.rand(*shape[:-1], 1, device=device) < level
+    return torch.where(at_random, 1e20 * noise, 0.0)
 
 
 def draw_prioritized(priorities, batch_size, beta):
-    """Indices (B,) of priorities, each drawn in proportion to its own, and their importance (6).
+    """Indices (B,) drawn in proportion to these priorities (6), and the importance of each.
 
-    The sum of all is cut into B equal parts and one point drawn in each."""
+    The sum of all priorities is cut into B equal parts, and one point drawn in each."""
     sums = priorities.cumsum(0, dtype=torch.double)
     points = torch.rand(batch_size, dtype=torch.double, device=sums.device)
     points = (points + torch.arange(batch_size, device=sums.device)) * (sums[-1] / batch_size)
@@ -267,17 +259,16 @@ def draw_prioritized(priorities, batch_size, beta):
 
 
 def n_step_returns(index, rewards, terminations, begins, num_envs, gamma, n_step):
-    """The sums of (1) from these indices on: the indices where they end, the sums themselves, and
-    the factor of the next value.
+    """The sum of rewards in (1): the indices of its last, the sum, and the next value's factor.
 
-    They stop early where no row goes on: where an episode ends or was left, and at the newest."""
-    last, returns, discounts = index, rewards[index], torch.full_like(rewards[index], gamma)
+    It ends early where no row goes on with the episode."""
+    last, returns, discounts = index, rewards[index], gamma
     for _ in range(n_step - 1):
         follower = (last + num_envs) % len(begins)
-        goes_on = 1 - begins[follower]
-        last = torch.where(goes_on > 0, follower, last)
+        goes_on = begins[follower] == 0
+        last = torch.where(goes_on, follower, last)
         returns = returns + goes_on * discounts * rewards[last]
-        discounts = torch.where(goes_on > 0, gamma * discounts, discounts)
+        discounts = torch.where(goes_on, gamma * discounts, discounts)
     return last, returns, discounts * (1 - terminations[last])
 
 
@@ -296,11 +287,11 @@ def td_target(returns, discounts, next_q_values, choosing_q_values):
 
 def train(args, resume=""):
     """Train, from the start or on from the run folder `resume`; return agent and history."""
-    if args.learning_starts >= args.total_timesteps:
+    if args.learning_starts > args.total_timesteps:
         raise UserError(f"learning_starts is {args.learning_starts:,}, "
                         f"beyond the {args.total_timesteps:,} total_timesteps")
-    if args.buffer_size < max(args.batch_size, args.num_envs):
-        raise UserError(f"buffer_size is {args.buffer_size:,}, below batch_size or num_envs")
+    if args.buffer_size < max(args.batch_size, args.num_envs * args.train_every):
+        raise UserError(f"buffer_size is {args.buffer_size:,}, below batch_size or a round's steps")
     device = setup(args)
     envs = Envs(args.env, args.num_envs, device)
     agent, target = (Agent(envs.obs_space, envs.action_space, args).to(device) for _ in range(2))
@@ -309,14 +300,15 @@ def train(args, resume=""):
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam([weights], learning_rate, fused=True,
                                  capturable=device.type == "cuda")
-    obs = envs.tensor(np.zeros((args.num_envs, *envs.obs_space.shape)), envs.dtype)
-    zeros = torch.zeros(args.num_envs, device=device)
+    obs = envs.tensor(np.zeros((1, args.num_envs, *envs.obs_space.shape)), envs.dtype)
+    zeros = torch.zeros(1, args.num_envs, device=device)
     buffer = ReplayBuffer(args.buffer_size, args.frame_stack, obs, zeros, zeros.long(), obs, zeros,
                           zeros)
+    # Each process fills its own buffer; a checkpoint keeps the first's, and all resume with it.
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
 
     def update(obs, actions, returns, next_obs, discounts, importance):
-        """Take one Adam step on a batch (B, ...); return its losses, errors and values (3, B)."""
+        """Take one Adam step on a batch (B, ...); return its errors, Q and loss (3, B)."""
         with torch.no_grad():
             next_q_values = target.q_values(next_obs)
             choosing_q_values = agent.q_values(next_obs) if args.double else next_q_values  # (2)
@@ -326,27 +318,27 @@ def train(args, resume=""):
         weights.grad.zero_()
         losses.mean().backward()                                                            # (3)
         average(weights.grad)
-        weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
         optimizer.step()
         if not args.target_every:
             target_weights.lerp_(weights, args.tau)                                         # (4)
-        return torch.stack([losses, q_values - targets, q_values]).detach()
+        return torch.stack([q_values - targets, q_values, losses]).detach()
 
-    act, update = (capture(f, device) for f in (agent.act, update))
+    act = capture(lambda obs, noise: agent.act(obs, noise=noise), device)
+    update = capture(update, device)
     while run.step < args.total_timesteps:
         run.checkpoint()
         done = run.step / args.total_timesteps
         optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - done * args.anneal))
-        beta = linear_schedule(args.beta, 1, done) if args.prioritized else None
-        agent.exploration.fill_(linear_schedule(
-            args.exploration_start, args.exploration_end, done / args.exploration_fraction))
-
-        for _ in range(args.train_every):
-            obs, begins, actions = envs.obs, envs.begins, act(envs.obs)
-            if run.step < args.learning_starts:
-                actions = torch.randint_like(actions, agent.num_actions)
-            next_obs, rewards, terminations, _ = envs.step(actions)
-            buffer.add(obs, begins, actions, next_obs, rewards, terminations)
+        beta = args.beta + (1 - args.beta) * done if args.prioritized else None
+        explored = min(done / args.exploration_fraction, 1)
+        level = args.exploration_start + explored * (args.exploration_end - args.exploration_start)
+        noises = draw_noise((args.train_every, args.num_envs, agent.num_actions), args.exploration,
+                            level if run.step >= args.learning_starts else 1e20, device)
+        rollout = []
+        for noise in noises:
+            obs, begins, actions = envs.obs, envs.begins, act(envs.obs, noise)
+            rollout.append((obs, begins, actions, *envs.step(actions)[:3]))
+        buffer.add(*(torch.stack(x) for x in zip(*rollout)))
         before, run.step = run.step, run.step + args.train_every * args.num_envs * WORLD_SIZE
         if run.step < args.learning_starts:
             run.progress()
@@ -356,10 +348,10 @@ def train(args, resume=""):
             target_weights.copy_(weights)                                                   # (4)
         for _ in range(args.num_updates):
             index, *batch = buffer.sample(args.batch_size, args.gamma, args.n_step, beta)
-            losses, td_errors, q_values = update(*batch)
+            td_errors, q_values, losses = update(*batch)
             if args.prioritized:
                 buffer.prioritize(index, td_errors, args.alpha)                             # (6)
-        run.log(loss=losses.mean(), q_values=q_values.mean(), exploration=agent.exploration)
+        run.log(loss=losses.mean(), q_values=q_values.mean(), exploration=level)
     run.finish()
     return agent, run.history
 
