@@ -76,7 +76,8 @@ class Args:
 
 
 PRESETS = {  # what is known to work; keys may be patterns
-    "CartPole-v1": dict(total_timesteps=50_000, learning_rate=1e-3, norm_obs=False),
+    "CartPole-v1": dict(total_timesteps=60_000, num_steps=16, learning_rate=3e-3,
+                        gae_lambda=0.95),
     "ALE/*": dict(total_timesteps=10_000_000, num_envs=16, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"
 
@@ -240,14 +241,13 @@ def train(args, resume=""):
         average(weights.grad)
         weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
         optimizer.step()
-        with torch.no_grad():
-            if args.norm_returns:
-                agent.return_norm.update((returns * agent.return_norm.std).flatten())
-            for layer in agent.encoder.modules():
-                if isinstance(layer, RunningNorm):
-                    layer.update(obs.flatten(0, 1))
-            return torch.stack([policy_loss, value_loss, entropy.mean(),
-                                explained_variance(values, returns)])
+        if args.norm_returns:
+            agent.return_norm.update((returns * agent.return_norm.std).flatten())
+        for layer in agent.encoder.modules():
+            if isinstance(layer, RunningNorm):
+                layer.update(obs.flatten(0, 1))
+        return torch.stack([policy_loss, value_loss, entropy.mean(),
+                            explained_variance(values, returns)]).detach()
 
     act, update = (capture(f, device) for f in (agent.act, update))
     while run.step < args.total_timesteps:

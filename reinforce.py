@@ -15,10 +15,10 @@ costs no bias, but a b near the mean of returns[t] takes away most of the estima
 (1)  returns[t] = rewards[t] + gamma * (1 - dones[t]) * returns[t + 1]
 (2)  advantages = returns - b, where b is 0, the mean of all returns of the batch, or V(obs)
 (3)  policy_loss = -E[log pi(actions | obs) * advantages]
-(4)  loss = policy_loss + vf_coef * E[(b - returns)^2] - ent_coef * E[entropy(pi)]
+(4)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2], the second term if b is V(obs)
 
     repeat
-        play whole episodes with pi in num_envs environments
+        play a whole episode with pi in each of num_envs environments
         sum up their returns (1) and compare them with the baseline (2)
         take one Adam step down the gradient of the loss (4)
 
@@ -56,13 +56,11 @@ class Args:
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
     checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
     # The algorithm.
-    num_steps: int = arg(1, "an environment begins episodes within so many steps of a batch", 1)
-    max_steps: int = arg(0, "cut off what still runs after so many, like a time limit; 0: never", 0)
+    max_episode_steps: int = arg(0, "cut episodes off after so many steps; 0 is never", 0)
     baseline: typing.Literal["none", "mean", "value"] = arg("value", "b of (2): none, mean, value")
     learning_rate: float = arg(1e-3, "Adam's step size", 0)
     gamma: float = arg(0.99, "discount factor", 0, 1)
     anneal: bool = arg(True, "lower learning_rate linearly to 0")
-    ent_coef: float = arg(0.0, "weight of the entropy bonus", 0)
     vf_coef: float = arg(0.5, "weight of the value loss", 0)
     max_grad_norm: float = arg(0.5, "longer gradients are scaled down to this norm", 0)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
@@ -78,7 +76,7 @@ class Args:
 
 
 PRESETS = {  # what is known to work; keys may be patterns
-    "CartPole-v1": dict(total_timesteps=100_000, learning_rate=2e-3, norm_obs=False)}
+    "CartPole-v1": dict(total_timesteps=100_000, learning_rate=4e-3, norm_obs=False)}
 ACTION_SPACES = "Discrete", "Box"
 
 
@@ -222,17 +220,15 @@ def train(args, resume=""):
              "value": values}[args.baseline]
         advantages = returns - b.detach()                                                   # (2)
         policy_loss = -(log_probs * advantages).mean()                                      # (3)
-        value_loss = F.mse_loss(b, returns)  # of use to V alone: the other two are constants
+        value_loss = F.mse_loss(b, returns)  # teaches V; the other two are constants
         loss = policy_loss + args.vf_coef * value_loss                                      # (4)
-        if args.ent_coef:
-            loss = loss - args.ent_coef * entropy.mean()
         weights.grad.zero_()
         loss.backward()
         average(weights.grad)
         weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
         optimizer.step()
-        return (x.detach() for x in (policy_loss, value_loss, entropy.mean(),
-                                     explained_variance(b, returns)))
+        return torch.stack([policy_loss, value_loss, entropy.mean(),
+                            explained_variance(b, returns)]).detach()
 
     act = capture(agent.act, device)  # but not update: batches differ in size
     while run.step < args.total_timesteps:
@@ -241,33 +237,36 @@ def train(args, resume=""):
         remaining = 1 - run.step / args.total_timesteps if args.anneal else 1
         optimizer.param_groups[0]["lr"].fill_(args.learning_rate * remaining)
 
-        rollout, counts = [], torch.ones(args.num_envs, device=device)  # 1: its episode counts
-        while counts.any() and (not args.max_steps or len(rollout) < args.max_steps):
+        # Each environment plays one episode. What one plays while it waits for the others does not
+        # count: it would add short episodes, which end in time, but no long ones.
+        rollout, counts = [], torch.ones(args.num_envs, device=device)
+        while counts.any():
             obs, actions, ended = envs.obs, act(envs.obs), len(envs.episodes)
-            rollout.append((obs, actions, *envs.step(actions), counts))
-            # To count only those that end soon would favour failure: all are waited for, and
-            # what an environment begins meanwhile is left out.
-            envs.episodes[ended:] = [e for e in envs.episodes[ended:] if counts[e[0]]]
-            if len(rollout) >= args.num_steps:
-                counts = counts * (1 - rollout[-1][5])
-            if len(rollout) == 30_000 and not args.max_steps:
-                raise UserError(f"{args.env} goes on for 30,000 steps; if it never ends, give "
-                                "--max-steps, for example --max-steps 1000")
-        obs, actions, next_obs, *rest, counts = (torch.stack(x) for x in zip(*rollout))  # (T, N)
-        size = torch.tensor(float(counts.numel()), device=device)
-        average(size)  # each process plays until its own episodes end
-        run.step += round(size.item() * WORLD_SIZE)
+            next_obs, rewards, terminations, dones = envs.step(actions)
+            rollout.append((obs, actions, next_obs, rewards, terminations, dones, counts))
+            envs.episodes[ended:] = [x for x in envs.episodes[ended:] if counts[x[0]]]
+            counts = counts * (1 - dones)
+            if len(rollout) == args.max_episode_steps:
+                break
+            if len(rollout) == 30_000 and not args.max_episode_steps:
+                raise UserError(f"{args.env} goes on for 30,000 steps; if it never ends, cut it "
+                                "off, for example by --max-episode-steps 1000")
+        obs, actions, next_obs, rewards, terminations, dones, counts = (
+            torch.stack(x) for x in zip(*rollout))  # each (T, N, ...)
+        steps = torch.tensor(float(counts.numel()), device=device)
+        average(steps)  # each process waits for its own episodes
+        run.step += round(steps.item() * WORLD_SIZE)
 
         with torch.no_grad():
-            next_values = agent.value(next_obs) * (args.baseline == "value")
-            rewards, *ends = rest
-            returns = compute_returns(rewards / agent.return_norm.std, next_values, *ends, args.gamma)
-        batch = [x[counts.bool()] for x in (obs, actions, returns)]  # (B, ...)
-        policy_loss, value_loss, entropy, fit = update(*batch)
+            next_values = agent.value(next_obs) * (args.baseline == "value")  # 0 without a V
+        returns = compute_returns(rewards / agent.return_norm.std, next_values, terminations,
+                                  dones, args.gamma)
+        obs, actions, returns = (x[counts.bool()] for x in (obs, actions, returns))  # (B, ...)
+        policy_loss, value_loss, entropy, fit = update(obs, actions, returns)
         if args.norm_returns:
-            agent.return_norm.update(batch[2] * agent.return_norm.std)
+            agent.return_norm.update(returns * agent.return_norm.std)
         if isinstance(agent.encoder, RunningNorm):
-            agent.encoder.update(batch[0])
+            agent.encoder.update(obs)
         run.log(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy,
                 explained_variance=fit)
     run.finish()
