@@ -74,6 +74,7 @@ class Args:
     elites: int = arg(20, "best plans of a round, which the next round resembles", 1)
     rounds: int = arg(3, "rounds of cem", 1)
     sigma: float = arg(0.5, "first deviation of the planned actions, as a part of their bounds", 0)
+    correlation: float = arg(0.7, "that of the deviations of successive actions", 0, 0.99)
 
     def __init__(self, **given):
         """What is given beats the environment's preset, which beats the default."""
@@ -87,6 +88,7 @@ PRESETS = {  # what is known to work; keys may be patterns
     "Pendulum-v1": dict(total_timesteps=4000, learning_starts=400)}
 ACTION_SPACES = "Discrete", "Box"
 LOG_VARS = -10, 2  # the range of log_var, where what is predicted has deviation 1
+BETA = 0.5  # weigh squares by their variance to this power: arXiv:2203.09168
 FLOOR = 0.1  # the part of its first width that a distribution of plans always keeps
 
 
@@ -147,7 +149,9 @@ class Model(nn.Module):
         """The loss (2) of each transition (E, B), not yet weighted."""
         mean, log_var, logit = self(obs, actions)
         delta = self.targets(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
-        losses = (((delta - mean).square() / log_var.exp() + log_var) / 2).sum(-1)
+        losses = ((delta - mean).square() / log_var.exp() + log_var) / 2
+        # Unweighted, what is predicted well already would leave the rest no part of the gradient.
+        losses = (losses * (BETA * log_var).exp().detach()).sum(-1)
         return losses + F.binary_cross_entropy_with_logits(logit, terminations, reduction="none")
 
     def predict(self, obs, actions, noise, order):
@@ -200,8 +204,10 @@ class Agent(nn.Module):
             scale = torch.where(bounded, (high - low) / 2, 1.0)
         for name, x in dict(low=low, high=high, center=center, scale=scale).items():
             self.register_buffer(name, x.clone(), persistent=False)
-        discounts = args.gamma ** torch.arange(args.horizon).view(-1, 1, 1)
-        self.register_buffer("discounts", discounts, persistent=False)
+        times = torch.arange(args.horizon)
+        lags = (times - times.unsqueeze(1)).abs()
+        self.register_buffer("discounts", args.gamma ** times.view(-1, 1, 1), persistent=False)
+        self.register_buffer("smooth", torch.linalg.cholesky(args.correlation ** lags), False)
         self.model = Model(obs_space.shape[0], len(center), args)
 
     def vector(self, actions):
@@ -227,6 +233,7 @@ class Agent(nn.Module):
             draws = 2 * torch.rand(*shape, len(self.center), **options) - 1
         else:
             draws = torch.randn(*shape, len(self.center), **options)
+            draws = self.smooth @ draws  # as in iCEM: shaking an action to and fro has no effect
             draws[:, 0] = 0  # the mean itself takes part
         particles = args.horizon, args.num_particles
         noise = torch.randn(*particles, 1, len(self.model.targets.mean), **options)
@@ -364,8 +371,8 @@ def train(args, resume="", reward=None, termination=None):
 
     @torch.inference_mode()
     def judge(plans, obs, actions, next_obs, rewards, terminations, dones):
-        """What a rollout (T, N, ...) says of the model that has yet to learn it: the loss (2), the
-        return (4) that the model predicted for the plans, and the return when they were executed."""
+        """The loss (2) of the model on a rollout (T, N, ...) that it has yet to learn, the return (4)
+        that it predicted for the plans there, and the return that followed."""
         parts = obs, actions, next_obs, rewards, terminations
         loss = model.loss(*(x.flatten(0, 1).expand(args.ensemble_size, -1, *x.shape[2:])
                             for x in parts)).mean()

@@ -28,6 +28,9 @@ SMALL = {
                  learning_starts=32, hidden_size=16),
     "naf": dict(num_envs=2, train_every=4, num_updates=2, buffer_size=200, batch_size=16,
                 learning_starts=32, hidden_size=16),
+    "mbrl_mpc": dict(num_envs=4, num_steps=16, learning_starts=64, num_updates=4, batch_size=16,
+                     hidden_size=16, ensemble_size=2, num_particles=2, horizon=3, population=8,
+                     elites=2, rounds=2),
 }
 # Settings with which training must diverge: in its metrics first, or in its weights first.
 DIVERGENT = {
@@ -39,9 +42,12 @@ DIVERGENT = {
     "ddpg": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
     "naf": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
     "cem_es": [dict(init_sigma=1e30), dict(init_sigma=3e38)],
+    "mbrl_mpc": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
 }
 # Scripts whose policies stretch over the bounds of their actions, so that these must be finite.
 BOUNDED = {"ddpg", "naf"}
+# Scripts that refuse images.
+BLIND = {"mbrl_mpc"}
 # One environment for each kind of actions, and for each other kind of space a script may meet.
 ENVS = {"Discrete": "CartPole-v1", "Box": "Pendulum-v1"}
 KINDS = {
