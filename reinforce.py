@@ -93,9 +93,10 @@ class RunningNorm(nn.Module):
     @torch.no_grad()
     def update(self, x):
         """Merge the moments of x (B, *shape), taken about the old mean so as to lose no digits."""
-        first, second = (x - self.mean).mean(0), (x - self.mean).square().mean(0)
+        first, second = (x - self.mean).sum(0), (x - self.mean).square().sum(0)
         size = torch.full_like(self.count, len(x))  # each process has batches of its own size
-        average(first, second, size)
+        average(size, first, second)
+        first, second = first / size, second / size
         self.count += size
         weight = size / self.count
         self.mean += weight * first

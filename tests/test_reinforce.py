@@ -1,0 +1,330 @@
+"""REINFORCE against independent oracles: numbers by hand, loops, torch.distributions, exact sums."""
+import dataclasses
+import inspect
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import small
+from torch.distributions import Categorical, Independent, Normal
+
+import a2c
+import reinforce
+from reinforce import Agent, Args, RunningNorm
+
+COUNT = gym.spaces.Box(0, np.inf, (1,), np.float32)
+BASELINES = "none", "mean", "value"
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Args)}
+PLAIN = dict(norm_obs=False, norm_returns=False, anneal=False, max_episode_steps=0)
+
+
+def train(env, **changes):
+    """A short run without presets, statistics or schedules, all of which would hide the numbers."""
+    settings = DEFAULTS | small("reinforce") | PLAIN | dict(env=env)
+    return reinforce.train(Args(**settings | changes))
+
+
+# What it shares with A2C, whose tests speak for both.
+
+
+@pytest.mark.parametrize("name", ["NatureCNN", "MLP", "Agent.value", "Agent.evaluate", "Agent.act",
+                                  "RunningNorm.forward", "explained_variance"])
+def test_what_it_shares_with_a2c_is_the_same_text(name):
+    mine, theirs = reinforce, a2c
+    for part in name.split("."):
+        mine, theirs = getattr(mine, part), getattr(theirs, part)
+    assert inspect.getsource(mine) == inspect.getsource(theirs)
+
+
+# Returns.
+
+
+def column(*numbers):
+    return torch.tensor(numbers, dtype=torch.double).unsqueeze(-1)
+
+
+def test_rewards_1_2_3_with_gamma_a_half_give_rewards_to_go_by_hand():
+    zeros, ends = column(0, 0, 0), column(0, 0, 1)
+    returns = reinforce.compute_returns(column(1, 2, 3), zeros, ends, ends, 0.5)
+    assert returns.flatten().tolist() == [2.75, 3.5, 3]
+
+
+def test_returns_are_the_discounted_rewards_up_to_the_end_of_the_episode():
+    T, N, gamma = 9, 40, 0.9
+    torch.manual_seed(0)
+    rewards, next_values = torch.randn(2, T, N, dtype=torch.double)
+    terminations, truncations = (torch.rand(2, T, N) < 0.2).double()
+    assert terminations[-1].any() and truncations[-1].any() and (terminations * truncations).any()
+    dones = torch.maximum(terminations, truncations)
+    returns = reinforce.compute_returns(rewards, next_values, terminations, dones, gamma)
+    for n in range(N):
+        for t in range(T):
+            expected = 0
+            for k in range(t, T):
+                expected += gamma ** (k - t) * rewards[k, n]
+                if dones[k, n] or k == T - 1:
+                    if not terminations[k, n]:
+                        expected += gamma ** (k + 1 - t) * next_values[k, n]
+                    break
+            assert returns[t, n] == pytest.approx(expected.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("env, goes_on", [
+    ("probes:Truncated-v0", 1), ("probes:Terminated-v0", 0), ("probes:Both-v0", 0)])
+def test_only_a_truncation_is_completed_and_only_by_a_fitted_value(env, goes_on, baseline, spy):
+    calls = spy(reinforce, "compute_returns")
+    agent, _ = train(env, learning_rate=0, total_timesteps=16, baseline=baseline)
+    start, end = agent.value(torch.tensor([[0.0], [1.0]])).tolist()
+    assert abs(start - end) > 1e-3  # else the reset observation would pass for the last one
+    expected = 2 + goes_on * (baseline == "value") * 0.99 * end
+    for call in calls:
+        assert torch.allclose(call["out"], torch.full_like(call["out"], expected), atol=1e-5)
+
+
+# Whole episodes.
+
+
+def batches(spy, env, **changes):
+    """(obs, actions, returns) of each update, and the history."""
+    evaluated, explained = spy(Agent, "evaluate"), spy(reinforce, "explained_variance")
+    _, history = train(env, learning_rate=0, **changes)
+    return [(call["obs"], call["actions"], explained[k]["returns"])
+            for k, call in enumerate(evaluated)], history
+
+
+def test_a_batch_is_one_whole_episode_of_each_environment(spy):
+    for obs, actions, returns in batches(spy, "probes:Counter-v0", total_timesteps=100)[0]:
+        assert len(obs) == len(actions) == len(returns) == 4 * 5
+        assert sorted(obs.flatten().tolist()) == sorted([0, 1, 2, 3, 4] * 4)
+        for step, value in zip(obs.flatten().tolist(), returns.tolist()):
+            assert value == pytest.approx(sum(0.99**k for k in range(5 - int(step))))
+
+
+def test_long_episodes_are_waited_for_and_none_that_began_meanwhile_counts(spy):
+    # Episodes have 1 or 9 steps; counting those that end first would see the short ones only.
+    found, history = batches(spy, "probes:Uneven-v0", total_timesteps=2000, num_envs=8)
+    starts = [(obs == 0).sum().item() for obs, *_ in found]
+    assert set(starts) == {8}
+    ends = torch.cat([obs.flatten() for obs, *_ in found])
+    long, all_episodes = (ends == 8).sum().item(), 8 * len(found)
+    assert long / all_episodes == pytest.approx(0.5, abs=0.15)
+    # What is reported comes from the same episodes.
+    assert np.mean([row["episode_length"] for row in history]) == pytest.approx(5, abs=0.8)
+
+
+def test_steps_that_were_only_waited_through_are_counted_as_steps(spy):
+    steps = spy(reinforce.Envs, "step")
+    _, history = train("probes:Uneven-v0", total_timesteps=300)
+    assert history[-1]["step"] == len(steps) * 4
+
+
+def test_an_environment_that_never_ends_gives_an_error_that_says_what_to_pass(monkeypatch):
+    step = torch.zeros(1, 1), *torch.zeros(3, 1)  # at once, for the thousands of steps it takes
+    monkeypatch.setattr(reinforce.Envs, "step", lambda self, actions: step)
+    with pytest.raises(reinforce.UserError, match="--max-episode-steps 1000"):
+        train("probes:Endless-v0", num_envs=1)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_what_max_episode_steps_cuts_off_is_completed_like_a_time_limit(baseline, spy):
+    calls = spy(reinforce, "compute_returns")
+    agent, history = train("probes:Endless-v0", total_timesteps=24, max_episode_steps=3,
+                           learning_rate=0, baseline=baseline, gamma=0.9)
+    end = agent.value(torch.tensor([[3.0]])).item() * (baseline == "value")
+    expected = torch.tensor([1 + 0.9 + 0.81 + 0.729 * end, 1 + 0.9 + 0.81 * end, 1 + 0.9 * end])
+    assert len(calls) == 2
+    for call in calls:
+        assert torch.allclose(call["out"], expected.unsqueeze(-1).expand(3, 4), atol=1e-5)
+
+
+# The loss.
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "probes:Bounds-v0"])
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_the_gradient_of_an_update_is_that_of_the_loss_on_constant_targets(env, baseline, spy):
+    evaluated, explained = spy(Agent, "evaluate"), spy(reinforce, "explained_variance")
+    agent, history = train(env, total_timesteps=1, learning_rate=0, max_grad_norm=1e9, vf_coef=0.3,
+                           baseline=baseline)
+    got = {name: p.grad.clone() for name, p in agent.named_parameters()}
+    agent.zero_grad(set_to_none=False)
+    obs, actions, returns = evaluated[0]["obs"], evaluated[0]["actions"], explained[0]["returns"]
+    assert not returns.requires_grad
+    outputs, values = agent.actor(obs), agent.critic(obs).squeeze(-1)
+    pi = Categorical(logits=outputs) if agent.discrete else Independent(
+        Normal(agent.center + agent.scale * outputs, agent.log_std.exp()), 1)
+    advantages = returns - dict(none=0, mean=returns.mean(), value=values.detach())[baseline]
+    policy_loss = -(pi.log_prob(actions) * advantages).mean()
+    value_loss = (values - returns).square().mean()
+    loss = policy_loss + 0.3 * (baseline == "value") * value_loss
+    for (name, _), expected in zip(agent.named_parameters(), torch.autograd.grad(
+            loss, list(agent.parameters()))):
+        tolerance = 1e-4 * expected.abs().max()
+        assert torch.allclose(got[name], expected, rtol=1e-3, atol=tolerance), name
+    moved = any((got[name] != 0).any() for name in got if name.startswith("critic"))
+    assert moved == (baseline == "value")
+    assert history[0]["policy_loss"] == pytest.approx(policy_loss.item(), rel=1e-4)
+
+
+def test_the_losses_equal_a_loop_over_single_transitions(spy):
+    evaluated, explained = spy(Agent, "evaluate"), spy(reinforce, "explained_variance")
+    _, history = train("CartPole-v1", total_timesteps=1)
+    log_probs, _, values = evaluated[0]["out"]
+    returns, policy_loss, value_loss = explained[0]["returns"], 0, 0
+    for log_prob, value, target in zip(*(x.tolist() for x in (log_probs, values, returns))):
+        policy_loss -= log_prob * (target - value) / len(returns)
+        value_loss += (value - target) ** 2 / len(returns)
+    assert history[0]["policy_loss"] == pytest.approx(policy_loss, rel=1e-4)
+    assert history[0]["value_loss"] == pytest.approx(value_loss, rel=1e-4)
+
+
+def test_a_baseline_changes_the_variance_of_the_gradient_but_not_its_mean():
+    """A bandit of two arms, where the sum over all batches of two pulls is exact."""
+    logits = torch.tensor([0.3, -0.2], dtype=torch.double, requires_grad=True)
+    pi = logits.softmax(0)
+    rewards = torch.tensor([5.0, 6.0], dtype=torch.double)
+    (exact,) = torch.autograd.grad((pi * rewards).sum(), logits, retain_graph=True)
+    scores = [torch.autograd.grad(pi[a].log(), logits, retain_graph=True)[0] for a in (0, 1)]
+    variance = {}
+    for name in ("none", "constant", "mean"):
+        mean, square = 0, 0
+        for a in (0, 1):
+            for c in (0, 1):
+                b = dict(none=0, constant=5.5, mean=(rewards[a] + rewards[c]) / 2)[name]
+                estimate = (scores[a] * (rewards[a] - b) + scores[c] * (rewards[c] - b)) / 2
+                weight = (pi[a] * pi[c]).detach()
+                mean, square = mean + weight * estimate, square + weight * estimate.square().sum()
+        variance[name] = (square - mean.square().sum()).item()
+        bias = 1 / 2 if name == "mean" else 0  # one part in the size of the batch
+        assert torch.allclose(mean, (1 - bias) * exact, atol=1e-12)
+    assert variance["constant"] < variance["none"] / 20
+
+
+# The step.
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_each_batch_takes_one_adam_step_whose_size_falls_linearly(anneal, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (
+        rates.append(float(self.param_groups[0]["lr"])), step(self, *args))[1])
+    train("probes:Counter-v0", total_timesteps=200, anneal=anneal, learning_rate=1e-3)
+    remaining = [1 - k / 10 if anneal else 1 for k in range(10)]  # start 1, middle 0.5, end 0.1
+    assert rates == pytest.approx([1e-3 * x for x in remaining])
+
+
+def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (norms.append(
+        torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item()),
+        step(self, *args))[1])
+    train("CartPole-v1", total_timesteps=256, max_grad_norm=1e-3)
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-4)
+    norms.clear()
+    train("CartPole-v1", total_timesteps=256, max_grad_norm=1e9)
+    assert min(norms) > 0.1
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_episodes_of_one_step_leave_everything_finite(num_envs, baseline):
+    agent, history = train("probes:Terminated-v0", total_timesteps=64, num_envs=num_envs,
+                           baseline=baseline, norm_obs=True, norm_returns=True)
+    assert all(value.isfinite().all() for value in agent.state_dict().values())
+    assert all(math.isfinite(value) for value in history[-1].values())
+
+
+# Statistics.
+
+
+def test_running_norm_knows_the_moments_of_all_it_was_given():
+    generator, norm = np.random.default_rng(0), RunningNorm((3,))
+    batches = [generator.normal(10 + k, [0.5, 1, 4], (n, 3)).astype(np.float32)
+               for k, n in enumerate([1, 7, 100, 64, 64, 512])]
+    for batch in batches:
+        norm.update(torch.from_numpy(batch))
+    everything = np.concatenate(batches).astype(np.float64)
+    assert norm.count.item() == len(everything)
+    assert np.allclose(norm.mean, everything.mean(0), atol=1e-4)
+    assert np.allclose(norm.std, everything.std(0), rtol=1e-3)
+
+
+def test_processes_with_batches_of_different_sizes_agree_on_the_statistics(monkeypatch):
+    torch.manual_seed(0)
+    parts = [3 + torch.randn(5, 2), 1 + 2 * torch.randn(20, 2)]
+    norm = RunningNorm((2,))
+    sums = {"size": 12.5, "first": sum(part.sum(0) for part in parts) / 2,
+            "second": sum(part.square().sum(0) for part in parts) / 2}
+
+    def average(*tensors):  # of two processes, of which this is one
+        for tensor, value in zip(tensors, (sums["size"], sums["first"], sums["second"])):
+            tensor.copy_(torch.as_tensor(value))
+
+    monkeypatch.setattr(reinforce, "average", average)
+    norm.update(parts[0])
+    everything = torch.cat(parts)
+    assert torch.allclose(norm.mean, everything.mean(0), atol=1e-5)
+    assert torch.allclose(norm.std, everything.std(0, correction=0), atol=1e-5)
+
+
+def test_observations_are_standardised_and_the_statistics_travel_in_the_state_dict():
+    agent, _ = train("probes:Counter-v0", norm_obs=True, total_timesteps=640)
+    state = agent.state_dict()
+    assert state["encoder.mean"].item() == pytest.approx(2)  # an episode of 5 acts on 0 to 4
+    assert state["encoder.std"].item() == pytest.approx(2**0.5, rel=1e-4)
+    fresh = Agent(COUNT, gym.spaces.Discrete(2), Args(norm_obs=True, hidden_size=16))
+    obs = torch.arange(5.0).unsqueeze(-1)
+    assert not torch.allclose(fresh.value(obs), agent.value(obs), atol=1e-3)
+    fresh.load_state_dict(state)
+    assert torch.allclose(fresh.value(obs), agent.value(obs), atol=1e-6)
+
+
+def test_returns_are_scaled_by_their_deviation_while_the_history_keeps_raw_ones(spy):
+    calls = spy(reinforce, "compute_returns")
+    agent, history = train("probes:Constant-v0", norm_returns=True, total_timesteps=320)
+    assert {row["episode_return"] for row in history} == {50.0}
+    assert {row["episode_length"] for row in history} == {5.0}
+    assert reinforce.evaluate(agent, Args(env="probes:Constant-v0"), 7).tolist() == [50.0] * 7
+    raw, scale = [], 1.0  # the deviation of all returns until now, in the units of the rewards
+    for call in calls:
+        assert torch.allclose(call["rewards"], torch.tensor(10 / scale), rtol=1e-3)
+        raw.append(call["out"] * scale)
+        scale = torch.cat(raw).std(correction=0).item()
+    assert len(calls) == 16 and scale > 5
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_the_logged_explained_variance_is_what_the_baseline_takes_away(baseline, spy):
+    evaluated, explained = spy(Agent, "evaluate"), spy(reinforce, "explained_variance")
+    _, history = train("CartPole-v1", total_timesteps=1, baseline=baseline)
+    values, returns = evaluated[0]["out"][2].numpy(force=True), explained[0]["returns"].numpy()
+    expected = 1 - (returns - values).var() / returns.var() if baseline == "value" else 0
+    assert history[0]["explained_variance"] == pytest.approx(expected, abs=1e-4)
+
+
+# Learning.
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("norm_returns", [False, True])
+def test_the_arm_that_pays_becomes_likelier(baseline, norm_returns):
+    agent, _ = train("probes:Arms-v0", total_timesteps=2048, num_envs=8, learning_rate=3e-3,
+                     baseline=baseline, norm_returns=norm_returns)
+    log_probs, _, _ = agent.evaluate(torch.zeros(2, 1), torch.arange(2))
+    assert log_probs[1].exp() > 0.8
+
+
+def test_continuous_actions_move_to_the_best_one():
+    agent, _ = train("probes:Target-v0", total_timesteps=8192, num_envs=32, learning_rate=1e-2,
+                     norm_returns=True, anneal=True)
+    assert torch.allclose(agent.act(torch.zeros(1, 1), True), torch.ones(1, 2), atol=0.35)
+
+
+def test_cartpole_is_learnt_within_30_thousand_steps():
+    args = Args(env="CartPole-v1", total_timesteps=30_000, seed=1, device="cpu")
+    agent, _ = reinforce.train(args)
+    # A random policy gets 22.
+    assert reinforce.evaluate(agent, args, 20).mean() > 80
