@@ -210,8 +210,8 @@ def square_root(C):
 def cma(mean, sigma, C, p_sigma, p_c, generation, noise, fitness):
     """The first six anew by (3), where samples = mean + sigma * noise @ square_root(C)."""
     (population, n), generation = noise.shape, generation + 1
-    w = math.log(population / 2 + 0.5) - torch.arange(1, population // 2 + 1).log()
-    w = (w / w.sum()).to(C)
+    w = math.log(population / 2 + 0.5) - torch.arange(1, population // 2 + 1).to(C).log()
+    w = w / w.sum()
     mu = 1 / w.square().sum().item()  # as many equal weights would vary as much
     c_sigma, c_c = (mu + 2) / (n + mu + 5), (4 + mu / n) / (n + 4 + 2 * mu / n)
     c_1 = 2 / ((n + 1.3) ** 2 + mu)
@@ -221,14 +221,16 @@ def cma(mean, sigma, C, p_sigma, p_c, generation, noise, fitness):
     best = noise[worst_if_nan(fitness).topk(len(w)).indices]
     steps = best @ square_root(C)
     step = w @ steps
+    mean = mean + sigma * step
     p_sigma = (1 - c_sigma) * p_sigma + math.sqrt(c_sigma * (2 - c_sigma) * mu) * (w @ best)
     length = p_sigma.norm() / (math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n)))
     usual = length < (1.4 + 2 / (n + 1)) * (1 - (1 - c_sigma) ** (2 * generation)).sqrt()
+    usual = usual.to(C)  # 0 while p_sigma is so long that p_c had better wait
     p_c = (1 - c_c) * p_c + math.sqrt(c_c * (2 - c_c) * mu) * step * usual
-    lost = c_1 * c_c * (2 - c_c) * ~usual  # by the step that p_c did not take
+    lost = c_1 * c_c * (2 - c_c) * (1 - usual)  # by that wait
     C = ((1 - c_1 - c_mu + lost) * C + c_1 * torch.outer(p_c, p_c) + c_mu * (w * steps.T) @ steps)
     sigma = sigma * (c_sigma / damping * (length - 1)).exp()
-    return mean + sigma * step, sigma, C, p_sigma, p_c, generation
+    return mean, sigma, C, p_sigma, p_c, generation
 
 
 class Search(nn.Module):
@@ -273,14 +275,14 @@ def train(args, resume=""):
         layers = agent.layers(F.pad(samples, (0, 0, 0, idle)))
         envs.reset((*seeds, *[None] * idle))
         alive = F.pad(torch.ones(len(seeds), 1, device=device), (0, 0, 0, idle))
-        ones, sums = torch.ones_like(alive), torch.zeros((), dtype=torch.double, device=device)
+        ones, sums = torch.ones_like(alive), 0
         for _ in range(args.max_episode_steps):
             if not (playing := int(alive.sum())):
                 break
             features = agent.features(envs.obs)
             _, rewards, _, dones = envs.step(act(features, *layers))
             seen = [features, features.square()] if args.norm_obs else []
-            sums = sums + alive * torch.cat([rewards.unsqueeze(1), ones, *seen], 1)
+            sums = sums + (alive * torch.cat([rewards.unsqueeze(1), ones, *seen], 1)).double()
             alive = alive * (1 - dones).unsqueeze(1)
             run.step += playing
             run.progress()
