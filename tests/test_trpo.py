@@ -139,7 +139,7 @@ def test_kl_is_that_of_old_from_new_in_this_order(space):
     assert torch.allclose(agent.kl(old, new), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("space, size", zip(SPACES, [1e-2, 1e-3]))
+@pytest.mark.parametrize("space, size", list(zip(SPACES, [1e-2, 1e-3])))
 def test_a_tiny_kl_keeps_its_digits_in_single_precision(space, size):
     agent, obs = random_agent(space), torch.randn(500, 3)
     old = agent.policy(obs).detach()
@@ -489,6 +489,24 @@ def test_a_minibatch_of_one_or_none_leaves_everything_finite(num_envs, num_steps
         assert num_minibatches > num_envs * num_steps  # what cannot be done may be refused
         return
     assert all(value.isfinite().all() for value in agent.state_dict().values())
+
+
+# Several processes.
+
+
+@pytest.mark.parametrize("said", [0, 7])
+def test_all_that_a_batch_says_is_averaged_over_the_processes(said, monkeypatch, spy):
+    """Did the average say the same of everything, nothing of the process's own must remain."""
+    monkeypatch.setattr(trpo, "average", lambda *tensors: [x.fill_(said) for x in tensors])
+    solutions = spy(trpo, "conjugate_gradient")
+    agent, history = train("Pendulum-v1", total_timesteps=64, line_search=False, cg_iters=1,
+                           cg_damping=10)
+    first, b = start("Pendulum-v1"), solutions[0]["b"]
+    assert torch.equal(b, torch.full_like(b, -said))
+    assert torch.allclose(solutions[0]["product"](b + 1), said + 10 * (b + 1))
+    assert history[-1]["policy_loss"] == history[-1]["kl"] == said
+    assert same(vector(agent.critic), vector(first.critic)) == (said == 0)
+    assert all((x.grad == said).all() for x in agent.critic.parameters())
 
 
 # Schedules.
