@@ -20,8 +20,9 @@ mu. It learns from a buffer of old transitions, towards a slowly moving copy of 
 
 Gu et al. 2016, arXiv:1603.00748, without its imagined rollouts. As in later work there is no batch
 normalisation, the first actions are uniform, and gradients are clipped. P measures actions in parts
-of their bounds; the entries of L are bounded, so that the exponential cannot overflow; and where a
-time limit cuts an episode off, the value of the state goes on. Example: --env InvertedPendulum-v5
+of their bounds. Here the diagonal of L is at least 1: where Q rises to the far bound the best fit
+would be a P of 0, which leaves mu without a gradient at the wrong one. And where a time limit cuts
+an episode off, the value of the state goes on. Example: --env InvertedPendulum-v5
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -73,9 +74,10 @@ class Args:
 
 
 PRESETS = {  # what is known to work; keys may be patterns
-    "Pendulum-v1": dict(total_timesteps=20_000, learning_starts=1000, gamma=0.98, batch_size=128,
-                        hidden_size=128),
-    "InvertedPendulum-v5": dict(total_timesteps=100_000, batch_size=128, hidden_size=128)}
+    "Pendulum-v1": dict(total_timesteps=20_000, learning_starts=500, batch_size=64, gamma=0.98,
+                        hidden_size=64),
+    "InvertedPendulum-v5": dict(total_timesteps=100_000, learning_starts=1000, batch_size=64,
+                                hidden_size=64)}
 ACTION_SPACES = "Box",
 
 
@@ -129,8 +131,9 @@ class Agent(nn.Module):
         """V (...), mu (..., action_dim), L (..., action_dim, action_dim) for obs (..., *shape)."""
         dim = len(self.low)
         V, mu, L = self.network(self.encoder(obs)).split([1, dim, dim * dim], -1)
-        L = L.unflatten(-1, (dim, dim)).clamp(-5, 5)  # or exp would overflow
-        L = L.tril(-1) + L.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
+        L = L.unflatten(-1, (dim, dim)).clamp(-5, 5)  # or exp might overflow
+        diagonal = L.diagonal(dim1=-2, dim2=-1).clamp(min=0).exp()  # or mu might lose its gradient
+        L = L.tril(-1) + diagonal.diag_embed()
         return V.squeeze(-1), self.center + self.scale * mu.tanh(), L
 
     def q_values(self, obs, actions):

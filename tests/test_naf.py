@@ -1,0 +1,131 @@
+"""NAF against its definition; what it shares with DDPG is in test_ddpg.py."""
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import small
+
+import naf
+
+BOUNDS = gym.spaces.Box(np.array([-1, 0, -4], np.float32), np.array([2, 10, -3], np.float32))
+LOW, HIGH = torch.tensor(BOUNDS.low), torch.tensor(BOUNDS.high)
+
+
+def an_agent(weight=1.0):
+    """An agent of three actions whose heads differ from one observation to the next."""
+    torch.manual_seed(0)
+    space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+    agent = naf.Agent(space, BOUNDS, naf.Args(env="Other-v0", hidden_size=32))
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter *= weight
+    return agent
+
+
+def any_actions(n):
+    return LOW + (HIGH - LOW) * torch.rand(n, 3)
+
+
+def train(env="probes:Bounds-v0", **changes):
+    return naf.train(naf.Args(**small("naf", total_timesteps=96, env=env) | changes))
+
+
+def test_q_is_the_quadratic_of_the_paper():
+    agent, obs, actions = an_agent(3.0), torch.randn(50, 4), any_actions(50)
+    V, mu, L = agent.heads(obs)
+    assert V.shape == (50,) and mu.shape == (50, 3) and L.shape == (50, 3, 3)
+    for value, maximum, best, lower, action in zip(
+            agent.q_values(obs, actions).tolist(), V.tolist(), *(
+                x.detach().double().numpy() for x in (mu, L, actions))):
+        offset = (action - best) / (BOUNDS.high - BOUNDS.low) * 2  # the bounds are 2 apart
+        P = lower @ lower.T
+        assert value == pytest.approx(maximum - offset @ P @ offset / 2, rel=1e-4)
+
+
+def test_q_has_its_maximum_v_at_mu_and_nowhere_else():
+    agent, obs = an_agent(3.0), torch.randn(50, 4)
+    V, mu, _ = agent.heads(obs)
+    assert torch.equal(agent.q_values(obs, mu), V) and torch.equal(agent.act(obs, True), mu)
+    for _ in range(20):
+        actions = any_actions(50)
+        assert (agent.q_values(obs, actions) < V).all()
+    assert ((mu >= LOW) & (mu <= HIGH)).all()
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0, 30.0])
+def test_l_is_lower_triangular_and_p_positive_definite(weight):
+    agent = an_agent(weight)
+    _, _, L = agent.heads(torch.randn(200, 4))
+    assert torch.equal(L, L.tril()) and L.tril(-1).abs().max() > 0
+    assert (L.diagonal(dim1=-2, dim2=-1) >= 1).all()  # so that mu gets a gradient
+    P = L.double() @ L.double().mT
+    assert (torch.linalg.eigvalsh(P) > 0).all()
+    if weight == 1:  # an entry is the logarithm of its diagonal element
+        torch.nn.init.zeros_(agent.network[-1].weight)
+        for entry, expected in ((1.5, np.exp(1.5)), (0.0, 1), (-2.0, 1), (1e9, np.exp(5))):
+            torch.nn.init.constant_(agent.network[-1].bias, entry)
+            diagonal = agent.heads(torch.zeros(1, 4))[2].diagonal(dim1=-2, dim2=-1)
+            assert diagonal.flatten().tolist() == pytest.approx([expected] * 3)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e9, 1e18])
+def test_huge_features_stay_finite(size):
+    agent, obs = an_agent(3.0), size * torch.randn(50, 4)
+    values = agent.q_values(obs, any_actions(50))
+    assert values.isfinite().all() and agent.act(obs, True).isfinite().all()
+    values.mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in agent.parameters())
+    assert any(parameter.grad.abs().max() > 0 for parameter in agent.parameters())
+
+
+def last_batch(env, spy, **changes):
+    """The agent and the batch of the last update of a run that learns nothing; its metrics."""
+    samples = spy(naf.ReplayBuffer, "sample")
+    agent, history = train(env, learning_rate=0, max_grad_norm=1e9, **changes)
+    return agent, samples[-1]["out"], history[-1]
+
+
+@pytest.mark.parametrize("env", ["Pendulum-v1", "probes:Bounds-v0", "probes:BoxImage-v0"])
+def test_the_loss_equals_a_loop_over_single_transitions_as_does_its_gradient(env, spy):
+    agent, batch, row = last_batch(env, spy, gamma=0.9)
+    loss = q_values = 0
+    for obs, action, next_obs, reward, termination in zip(*(x.split(1) for x in batch)):
+        maximum = agent.heads(next_obs)[0].item()
+        target = reward.item() if termination else reward.item() + 0.9 * maximum
+        q = agent.q_values(obs, action)
+        loss, q_values = loss + (q - target).square().squeeze(0) / 16, q_values + q.item() / 16
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert row["q_values"] == pytest.approx(q_values, rel=1e-4)
+    parameters = list(agent.parameters())
+    for parameter, expected in zip(parameters, torch.autograd.grad(loss, parameters)):
+        tolerance = 1e-4 * expected.abs().max()
+        assert torch.allclose(parameter.grad, expected, rtol=1e-3, atol=tolerance)
+
+
+def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (norms.append(
+        self.param_groups[0]["params"][0].grad.norm().item()), step(self, *args))[1])
+    train(max_grad_norm=1e-3)
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-4)
+    norms.clear()
+    train(max_grad_norm=1e9)
+    assert min(norms) > 0.1 and len(set(norms)) == len(norms)
+
+
+def test_a_wrong_bound_is_left_again():
+    """At a bound where Q rises towards the other one, L must not vanish nor mu stay."""
+    torch.manual_seed(0)
+    space, bounds = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
+    agent = naf.Agent(space, bounds, naf.Args(env="Other-v0", hidden_size=32))
+    with torch.no_grad():
+        agent.network[-1].bias[1] = -3
+    optimizer = torch.optim.Adam(agent.parameters(), 1e-2)
+    obs, actions = torch.zeros(64, 1), torch.linspace(-1, 1, 64).unsqueeze(-1)
+    assert agent.act(obs[:1], True).item() < -0.98
+    for _ in range(500):
+        loss = (agent.q_values(obs, actions) - 3 * actions.squeeze(-1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert agent.act(obs[:1], True).item() > 0.9
