@@ -54,7 +54,7 @@ class Args:
     checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
     # The algorithm.
     num_steps: int = arg(5, "steps of each environment in a batch", 1)
-    optimizer: typing.Literal["rmsprop", "adam"] = arg("rmsprop", "what takes the step")
+    optimizer: typing.Literal["rmsprop", "adam"] = arg("rmsprop", "rmsprop or adam")
     learning_rate: float = arg(7e-4, "step size of the optimizer", 0)
     gamma: float = arg(0.99, "discount factor", 0, 1)
     gae_lambda: float = arg(1.0, "lambda of (1): 0 trusts V, 1 trusts the rewards", 0, 1)
