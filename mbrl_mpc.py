@@ -83,12 +83,15 @@ class Args:
         check(self)
 
 
+SMALL = dict(num_steps=50, num_updates=200, learning_rate=5e-3, ensemble_size=3, num_particles=3,
+             hidden_size=64, rounds=2)
 PRESETS = {  # what is known to work; keys may be patterns
-    "CartPole-v1": dict(total_timesteps=5000, learning_starts=500),
-    "Pendulum-v1": dict(total_timesteps=4000, learning_starts=400)}
+    "CartPole-v1": SMALL | dict(total_timesteps=5000, num_envs=5, learning_starts=500,
+                                population=40, elites=5),
+    "Pendulum-v1": SMALL | dict(total_timesteps=4000, num_envs=4, learning_starts=400, horizon=20,
+                                population=75, elites=7, sigma=1.0)}
 ACTION_SPACES = "Discrete", "Box"
 LOG_VARS = -10, 2  # the range of log_var, where what is predicted has deviation 1
-BETA = 0.5  # weigh squares by their variance to this power: arXiv:2203.09168
 FLOOR = 0.1  # the part of its first width that a distribution of plans always keeps
 
 
@@ -145,13 +148,12 @@ class Model(nn.Module):
         self.inputs.fit(torch.cat([obs, actions], -1))
         self.targets.fit(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
 
-    def loss(self, obs, actions, next_obs, rewards, terminations):
-        """The loss (2) of each transition (E, B), not yet weighted."""
+    def loss(self, obs, actions, next_obs, rewards, terminations, beta=0):
+        """The loss (2) of each transition (E, B); with beta 1 squares weigh the same everywhere."""
         mean, log_var, logit = self(obs, actions)
         delta = self.targets(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
         losses = ((delta - mean).square() / log_var.exp() + log_var) / 2
-        # Unweighted, what is predicted well already would leave the rest no part of the gradient.
-        losses = (losses * (BETA * log_var).exp().detach()).sum(-1)
+        losses = (losses * (beta * log_var).exp().detach()).sum(-1)
         return losses + F.binary_cross_entropy_with_logits(logit, terminations, reduction="none")
 
     def predict(self, obs, actions, noise, order):
@@ -205,7 +207,7 @@ class Agent(nn.Module):
         for name, x in dict(low=low, high=high, center=center, scale=scale).items():
             self.register_buffer(name, x.clone(), persistent=False)
         times = torch.arange(args.horizon)
-        lags = (times - times.unsqueeze(1)).abs()
+        lags = (times - times.unsqueeze(1)).abs().float()
         self.register_buffer("discounts", args.gamma ** times.view(-1, 1, 1), persistent=False)
         self.register_buffer("smooth", torch.linalg.cholesky(args.correlation ** lags), False)
         self.model = Model(obs_space.shape[0], len(center), args)
@@ -237,6 +239,7 @@ class Agent(nn.Module):
             draws[:, 0] = 0  # the mean itself takes part
         particles = args.horizon, args.num_particles
         noise = torch.randn(*particles, 1, len(self.model.targets.mean), **options)
+        noise[..., -1] = 0  # of a reward only the mean matters
         return draws, noise, torch.rand(*particles, **options).argsort(-1)
 
     def imagine(self, obs, plans, discounts, noise, orders):
@@ -301,7 +304,8 @@ class Data:
         self.data = []
 
     def add(self, *transitions):
-        self.data = [torch.cat(x) for x in zip(self.data or transitions, transitions)]
+        old = self.data or [x[:0] for x in transitions]
+        self.data = [torch.cat(x) for x in zip(old, transitions)]
 
     def sample(self, *shape):
         """Any transitions (*shape, ...), each as likely as the others."""
@@ -361,7 +365,8 @@ def train(args, resume="", reward=None, termination=None):
 
     def update(obs, actions, next_obs, rewards, terminations, counts):
         """Take one Adam step on a batch (B, ...) for each of E members; return the loss."""
-        losses = model.loss(obs, actions, next_obs, rewards, terminations)
+        # Weighed by 1 / variance, what is predicted well would leave the rest no gradient.
+        losses = model.loss(obs, actions, next_obs, rewards, terminations, beta=1)
         loss = (counts * losses).mean(1).sum()                                              # (2)
         weights.grad.zero_()
         loss.backward()
@@ -371,8 +376,8 @@ def train(args, resume="", reward=None, termination=None):
 
     @torch.inference_mode()
     def judge(plans, obs, actions, next_obs, rewards, terminations, dones):
-        """The loss (2) of the model on a rollout (T, N, ...) that it has yet to learn, the return (4)
-        that it predicted for the plans there, and the return that followed."""
+        """The loss (2) of the model on a rollout (T, N, ...) that it has yet to learn, the
+        return (4) that it predicted for the plans there, and the return that followed."""
         parts = obs, actions, next_obs, rewards, terminations
         loss = model.loss(*(x.flatten(0, 1).expand(args.ensemble_size, -1, *x.shape[2:])
                             for x in parts)).mean()
