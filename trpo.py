@@ -228,20 +228,20 @@ def surrogate(ratio, advantages):
     return -((ratio - 1) * advantages).mean()
 
 
-def fisher_product(kl, outputs, parameters, damping):
-    """The function from v to F v (6), for kl(outputs) that is flat where the outputs are now.
+def fisher_product(kl, pi, parameters, damping):
+    """The function from v to F v (6) at the policy pi (..., k) that the parameters make.
 
-    Because it is flat its Hessian is J^T H J, J the Jacobian of outputs by parameters and H the
-    Hessian of kl by outputs. A backward pass through that of kl, down to outputs, is H J v."""
-    leaf = outputs.detach().requires_grad_()
-    slope, = torch.autograd.grad(kl(leaf), leaf, create_graph=True)
-    gradient = torch.autograd.grad(outputs, parameters, slope, create_graph=True)
+    KL is flat there, so that its Hessian is J^T H J, with J the Jacobian of pi by the parameters
+    and H the Hessian of KL by pi. A backward pass through KL's own, down to pi, gives H J v."""
+    leaf = pi.detach().requires_grad_()
+    slope, = torch.autograd.grad(kl(pi.detach(), leaf).mean(), leaf, create_graph=True)
+    gradient = torch.autograd.grad(pi, parameters, slope, create_graph=True)
     sizes = [x.numel() for x in parameters]
 
     def product(v):
         parts = [part.view_as(x) for part, x in zip(v.split(sizes), parameters)]
         bend, = torch.autograd.grad(gradient, leaf, parts, retain_graph=True)
-        columns = torch.autograd.grad(outputs, parameters, bend, retain_graph=True)
+        columns = torch.autograd.grad(pi, parameters, bend, retain_graph=True)
         fisher = torch.cat([x.flatten() for x in columns])
         average(fisher)
         return fisher + damping * v
@@ -307,26 +307,23 @@ def train(args, resume=""):
             rewards / agent.return_norm.std, values, agent.value(next_obs), terminations, dones,
             args.gamma, args.gae_lambda)])
 
-    def losses(obs, actions, old, advantages):
+    @torch.no_grad()
+    def measure(obs, actions, advantages, old):
         """policy_loss (4) and kl (5) of the policy as it is now, stacked (2,)."""
         new = agent.policy(obs)
         ratio = (agent.log_probs(new, actions) - agent.log_probs(old, actions)).exp()       # (3)
-        return torch.stack([surrogate(ratio, advantages), agent.kl(old, new).mean()])
-
-    @torch.no_grad()
-    def measure(*batch):
-        average(measured := losses(*batch))
+        measured = torch.stack([surrogate(ratio, advantages), agent.kl(old, new).mean()])
+        average(measured)
         return measured
 
-    def natural_step(obs, actions, old, advantages):
-        """The step (8) from the old policy, which is still that of the weights."""
+    def natural_step(obs, actions, advantages):
+        """The step (8) from the policy as it is now, for which the ratio is 1, but has a slope."""
+        log_probs = agent.log_probs(agent.policy(obs), actions)
         weights.grad.zero_()
-        losses(obs, actions, old, advantages)[0].backward()
+        surrogate((log_probs - log_probs.detach()).exp(), advantages).backward()
         average(weights.grad)
-        old, outputs = old[::args.fisher_every], agent.policy(obs[::args.fisher_every])
-        product = fisher_product(lambda new: agent.kl(old, new).mean(), outputs, parameters,
-                                 args.cg_damping)                                           # (6)
-        g = -weights.grad
+        pi, g = agent.policy(obs[::args.fisher_every]), -weights.grad
+        product = fisher_product(agent.kl, pi, parameters, args.cg_damping)                 # (6)
         x = conjugate_gradient(product, g, args.cg_iters)                                   # (7)
         return x * (2 * max_kl / x.dot(g).clamp(min=1e-30)).sqrt()                          # (8)
 
@@ -355,14 +352,14 @@ def train(args, resume=""):
         run.step += args.num_steps * args.num_envs * WORLD_SIZE
 
         old, (values, advantages, returns) = policy(obs), estimate(*rollout)
-        batch = obs, actions, old, advantages - advantages.mean()  # their scale cancels in (8)
+        batch = obs, actions, advantages - advantages.mean()  # their scale cancels in (8)
         step, fraction = natural_step(*batch), 1.0
         if args.line_search:
-            fraction = line_search(weights, step, lambda: measure(*batch), float(max_kl),
+            fraction = line_search(weights, step, lambda: measure(*batch, old), float(max_kl),
                                    args.backtrack_coef)
         else:
             weights += step
-        policy_loss, kl = measure(*batch)
+        policy_loss, kl = measure(*batch, old)
 
         statistics = []
         for _ in range(args.update_epochs):
