@@ -54,7 +54,8 @@ class Args:
     checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
     # The algorithm.
     method: typing.Literal["cem", "es", "cma"] = arg("cem", "cem, es or cma")
-    population: int = arg(32, "policies in a generation", 2)
+    population: int = arg(32, "cem, cma: policies in a generation", 2)
+    pairs: int = arg(4, "es: pairs of policies in a generation", 1)
     episodes_per_member: int = arg(1, "episodes whose mean return is a policy's fitness", 1)
     max_episode_steps: int = arg(10_000, "steps after which an episode of training is left", 1)
     hidden_size: int = arg(0, "units in each of two hidden layers; 0 is a linear policy", 0)
@@ -75,8 +76,9 @@ class Args:
 
 
 PRESETS = {  # what is known to work; keys may be patterns
-    "CartPole-v1": dict(total_timesteps=50_000, population=16, elite_fraction=0.3,
-                        extra_noise=0.1, es_sigma=0.5, learning_rate=0.2, weight_decay=0.15)}
+    "CartPole-v1": dict(total_timesteps=50_000, elite_fraction=0.3, extra_noise=1.0, es_sigma=0.5,
+                        learning_rate=0.1, weight_decay=0.3),
+    "InvertedPendulum-v5": dict(total_timesteps=100_000, es_sigma=0.1, learning_rate=0.05)}
 ACTION_SPACES = "Discrete", "Box"
 
 
@@ -253,10 +255,9 @@ class Search(nn.Module):
 def train(args, resume=""):
     """Train, from the start or on from the run folder `resume`; return agent and history."""
     device = setup(args)
-    if args.method == "es" and args.population % 2:
-        raise UserError(f"es draws pairs, and a population of {args.population} is odd")
+    population = 2 * args.pairs if args.method == "es" else args.population
     # Episode k is one of `repeats` of member k // repeats; a process plays a slice of them all.
-    repeats, num_episodes = args.episodes_per_member, args.population * args.episodes_per_member
+    repeats, num_episodes = args.episodes_per_member, population * args.episodes_per_member
     if num_episodes < WORLD_SIZE:
         raise UserError(f"{WORLD_SIZE} processes are more than a generation has episodes")
     mine = torch.arange(num_episodes).tensor_split(WORLD_SIZE)[RANK]
@@ -277,22 +278,22 @@ def train(args, resume=""):
         alive = F.pad(torch.ones(len(seeds), 1, device=device), (0, 0, 0, idle))
         ones, sums = torch.ones_like(alive), 0
         for _ in range(args.max_episode_steps):
-            if not (playing := int(alive.sum())):
-                break
+            run.step += int(alive.sum())
             features = agent.features(envs.obs)
             _, rewards, _, dones = envs.step(act(features, *layers))
             seen = [features, features.square()] if args.norm_obs else []
             sums = sums + (alive * torch.cat([rewards.unsqueeze(1), ones, *seen], 1)).double()
             alive = alive * (1 - dones).unsqueeze(1)
-            run.step += playing
             run.progress()
+            if run.step > args.total_timesteps or not alive.any():
+                break
         return sums[:len(seeds)]
 
     while run.step < args.total_timesteps:
         run.checkpoint()
         start, remaining = run.step, 1 - run.step / args.total_timesteps
         seed = seed_all(3, args.seed, run.step)  # so that all processes draw the same noise
-        noise = torch.randn(args.population, len(search.mean), device=device)
+        noise = torch.randn(population, len(search.mean), device=device)
         if args.method == "es":
             noise[1::2] = -noise[::2]  # antithetic pairs
         steps = noise @ square_root(search.C) if args.method == "cma" else noise
@@ -305,16 +306,16 @@ def train(args, resume=""):
         sums = F.pad(torch.cat(plays), (0, 0, mine[0], num_episodes - 1 - mine[-1]))
         if WORLD_SIZE > 1:  # of all this only the sums of episodes travel
             torch.distributed.all_reduce(sums)
-        fitness = sums[:, 0].view(args.population, repeats).mean(1).float()
+        fitness = sums[:, 0].view(population, repeats).mean(1).float()
         run.step = start + int(sums[:, 1].sum())
         if run.step > args.total_timesteps and start == 0:
-            raise UserError(f"a generation took {run.step:,} steps, more than there are; lower "
-                            "population or max_episode_steps")
+            raise UserError(f"{args.total_timesteps:,} steps are not enough for one generation; "
+                            "lower its size or max_episode_steps")
 
-        if run.step <= args.total_timesteps:  # else it is beyond the budget
+        if run.step <= args.total_timesteps:  # else the end of the budget cut it short
             state = list(search.buffers())
             if args.method == "cem":
-                num_elites = max(1, round(args.elite_fraction * args.population))
+                num_elites = max(1, round(args.elite_fraction * population))
                 new = cem(samples, fitness, num_elites, args.extra_noise * remaining,
                           args.min_sigma)
             elif args.method == "es":

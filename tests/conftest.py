@@ -21,7 +21,7 @@ SMALL = {
     "a2c": dict(num_envs=4, num_steps=4, hidden_size=16),
     "ppo": dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2, hidden_size=16),
     "trpo": dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2, hidden_size=16),
-    "cem_es": dict(num_envs=4, population=4, elite_fraction=0.5, max_episode_steps=16),
+    "cem_es": dict(num_envs=4, population=4, pairs=2, elite_fraction=0.5, max_episode_steps=16),
     "dqn": dict(num_envs=4, train_every=4, num_updates=2, buffer_size=200, batch_size=16,
                 learning_starts=32, hidden_size=16),
     "ddpg": dict(num_envs=2, train_every=4, num_updates=2, buffer_size=200, batch_size=16,
