@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -477,6 +478,36 @@ def test_cartpole_is_learnt_within_25_thousand_steps(method, steps):
     args = Args(env="CartPole-v1", method=method, total_timesteps=steps, seed=1, device="cpu")
     agent, _ = cem_es.train(args)
     assert cem_es.evaluate(agent, args, 20).mean() > 150  # a random policy gets 22
+
+
+# Reliability.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_search_goes_on_exactly_with_all_that_the_method_remembers(
+        method, monkeypatch, tmp_path):
+    settings = dict(method=method, norm_obs=True, total_timesteps=1000, checkpoint_every=100)
+    save = cem_es.Run.save
+
+    def keep(run):
+        save(run)
+        if 200 <= run.step < 700 and not os.path.exists("part"):
+            shutil.copytree("whole", "part")
+
+    monkeypatch.setattr(cem_es.Run, "save", keep)
+    whole, history = train("CartPole-v1", run_dir="whole", **settings)
+    args = Args(**cem_es.load("part")["args"] | {"run_dir": "part"})
+    part, resumed = cem_es.train(args, "part")
+    assert same(part.state_dict(), whole.state_dict())
+    assert same(timeless(resumed), timeless(history))
+    assert same(cem_es.load("part")["search"], cem_es.load("whole")["search"])
+
+
+@pytest.mark.parametrize("method, settings", [
+    ("es", dict(learning_rate=3e38)), ("es", dict(es_sigma=3e38)), ("cma", dict(init_sigma=3e38))])
+def test_a_search_that_diverges_is_stopped(method, settings):
+    with pytest.raises(FloatingPointError):
+        train("Pendulum-v1", method=method, total_timesteps=2000, max_episode_steps=20, **settings)
 
 
 # Several processes.
