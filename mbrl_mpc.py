@@ -87,19 +87,18 @@ SMALL = dict(num_steps=50, num_updates=200, learning_rate=5e-3, ensemble_size=3,
              hidden_size=64, rounds=2)
 PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": SMALL | dict(total_timesteps=5000, num_envs=5, learning_starts=500,
-                                population=40, elites=5),
+                                num_updates=400, horizon=40, population=40, elites=5),
     "Pendulum-v1": SMALL | dict(total_timesteps=4000, num_envs=4, learning_starts=400, horizon=20,
                                 population=75, elites=7, sigma=1.0)}
 ACTION_SPACES = "Discrete", "Box"
 LOG_VARS = -10, 2  # the range of log_var, where what is predicted has deviation 1
+CAUTION = 20  # how much more an end weighs that was not foreseen, they are few but final
 FLOOR = 0.1  # the part of its first width that a distribution of plans always keeps
 
 
 # ===================================================================================== Networks
 class Norm(nn.Module):
-    """Standardises (..., size) by the mean and deviation of the data that it was fitted to.
-
-    What is constant there has the deviation 0, and is predicted without error."""
+    """Standardises (..., size) by mean and deviation; what never varies is predicted exactly."""
 
     def __init__(self, size):
         super().__init__()
@@ -107,12 +106,10 @@ class Norm(nn.Module):
         self.register_buffer("std", torch.ones(size))
 
     def fit(self, x):
-        mean = x.mean(0)
-        average(mean)
-        variance = (x - mean).square().mean(0)
-        average(variance)
+        average(mean := x.mean(0))
+        average(variance := (x - mean).square().mean(0))
         self.mean.copy_(mean)
-        self.std.copy_(variance.sqrt() * (variance.sqrt() > 1e-6 * mean.abs()))  # not by rounding
+        self.std.copy_(variance.sqrt() * (variance.sqrt() > 1e-6 * mean.abs()))  # or is rounding
 
     def forward(self, x):
         return (x - self.mean) / torch.where(self.std > 0, self.std, 1)
@@ -154,26 +151,22 @@ class Model(nn.Module):
         delta = self.targets(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
         losses = ((delta - mean).square() / log_var.exp() + log_var) / 2
         losses = (losses * (beta * log_var).exp().detach()).sum(-1)
-        return losses + F.binary_cross_entropy_with_logits(logit, terminations, reduction="none")
+        ends = F.binary_cross_entropy_with_logits(logit, terminations, reduction="none")
+        return losses + ends * (1 + beta * CAUTION * terminations)
 
     def predict(self, obs, actions, noise, order):
         """A step (3) of particles (P, B, ...): next_obs, and rewards and chances of an end (P, B).
 
-        The members share the particles equally, by ts1 in an `order` (P,) that is always new."""
-        start = obs
-        if self.propagation == "ts1":
-            obs, actions = obs[order], actions[order]
-        outputs = self(*(x.reshape(len(self.biases[0]), -1, x.shape[-1]) for x in (obs, actions)))
-        mean, log_var, logit = (x.reshape(*obs.shape[:2], *x.shape[2:]) for x in outputs)
+        Taken in `order` (P,), each member moves as many of them as the others."""
+        members = len(self.biases[0])
+        outputs = self(*(x[order].reshape(members, -1, x.shape[-1]) for x in (obs, actions)))
+        mean, log_var, logit = (
+            x.reshape(*obs.shape[:2], *x.shape[2:])[order.argsort()] for x in outputs)
         ends = logit.sigmoid()
         if self.propagation == "mean":
-            mean, ends = (x.mean(0).expand_as(x) for x in (mean, ends))
-        if self.propagation == "ts1":
-            mean, log_var, ends = (x[order.argsort()] for x in (mean, log_var, ends))
-        if self.propagation != "mean":
-            mean = mean + (log_var / 2).exp() * noise
-        delta = self.targets.invert(mean)
-        return start + delta[..., :-1], delta[..., -1], ends
+            mean, ends, noise = *(x.mean(0, True).expand_as(x) for x in (mean, ends)), 0
+        delta = self.targets.invert(mean + (log_var / 2).exp() * noise)
+        return obs + delta[..., :-1], delta[..., -1], ends
 
 
 class Agent(nn.Module):
@@ -204,12 +197,11 @@ class Agent(nn.Module):
             bounded = (high - low).isfinite()
             center = torch.where(bounded, (low + high) / 2, 0.0)
             scale = torch.where(bounded, (high - low) / 2, 1.0)
-        for name, x in dict(low=low, high=high, center=center, scale=scale).items():
+        times = torch.arange(args.horizon, dtype=torch.float32)
+        chol = torch.linalg.cholesky(args.correlation ** (times - times.unsqueeze(1)).abs())
+        for name, x in dict(low=low, high=high, center=center, scale=scale, smooth=chol,
+                            discounts=args.gamma ** times.view(-1, 1, 1)).items():
             self.register_buffer(name, x.clone(), persistent=False)
-        times = torch.arange(args.horizon)
-        lags = (times - times.unsqueeze(1)).abs().float()
-        self.register_buffer("discounts", args.gamma ** times.view(-1, 1, 1), persistent=False)
-        self.register_buffer("smooth", torch.linalg.cholesky(args.correlation ** lags), False)
         self.model = Model(obs_space.shape[0], len(center), args)
 
     def vector(self, actions):
@@ -224,23 +216,20 @@ class Agent(nn.Module):
         return (self.center + self.scale * (2 * draws - 1)).clamp(self.low, self.high)
 
     def luck(self, fixed=False):
-        """All that planning leaves to chance: plans, noise and the order of the particles."""
+        """All that planning leaves to chance: draws of plans, noise, the order of particles."""
         args, options = self.args, dict(device=self.center.device)
         options["generator"] = torch.Generator(**options).manual_seed(0) if fixed else None
-        rounds = args.rounds if args.planner == "cem" else 1
-        shape = rounds, args.population, args.horizon
-        if self.discrete:
-            draws = torch.rand(*shape, 1, **options)
-        elif args.planner == "random":
-            draws = 2 * torch.rand(*shape, len(self.center), **options) - 1
-        else:
-            draws = torch.randn(*shape, len(self.center), **options)
-            draws = self.smooth @ draws  # as in iCEM: shaking an action to and fro has no effect
-            draws[:, 0] = 0  # the mean itself takes part
+        rounds, size = args.rounds if args.planner == "cem" else 1, len(self.center)
+        # Correlated in time, as in iCEM (arXiv:2008.06389): to shake to and fro leads nowhere.
+        draws = self.smooth @ torch.randn(rounds, args.population, args.horizon, size, **options)
+        draws[:, 0] = 0  # the mean itself takes part
         particles = args.horizon, args.num_particles
         noise = torch.randn(*particles, 1, len(self.model.targets.mean), **options)
         noise[..., -1] = 0  # of a reward only the mean matters
-        return draws, noise, torch.rand(*particles, **options).argsort(-1)
+        orders = torch.rand(*particles, **options).argsort(-1)
+        if args.propagation != "ts1":
+            orders = orders.sort(-1)[0]
+        return draws, noise, orders
 
     def imagine(self, obs, plans, discounts, noise, orders):
         """The returns (N, K), means over particles, of plans (N, K, H, A) from obs."""
@@ -261,13 +250,15 @@ class Agent(nn.Module):
         args, std = self.args, self.args.sigma * self.scale.expand_as(mean)
         if args.planner == "random":
             mean, std = self.center.expand_as(mean), self.scale.expand_as(mean)
+            draws = 2 * torch.special.ndtr(draws) - 1
 
         def draw(mean, std, draws):
             mean, std = mean.unsqueeze(1), std.unsqueeze(1)
             if not self.discrete:
                 return (mean + std * draws).clamp(self.low, self.high)
-            chances = mean.lerp(self.center, FLOOR).cumsum(-1)
-            return torch.eye(mean.shape[-1], device=obs.device)[(draws > chances[..., :-1]).sum(-1)]
+            chances = mean.lerp(self.center, FLOOR).cumsum(-1)[..., :-1]
+            index = (torch.special.ndtr(draws[..., :1]) > chances).sum(-1)
+            return torch.eye(mean.shape[-1], device=obs.device)[index]
 
         def score(plans):
             return self.imagine(obs, plans, self.discounts, *luck)
@@ -376,24 +367,17 @@ def train(args, resume="", reward=None, termination=None):
 
     @torch.inference_mode()
     def judge(plans, obs, actions, next_obs, rewards, terminations, dones):
-        """The loss (2) of the model on a rollout (T, N, ...) that it has yet to learn, the
-        return (4) that it predicted for the plans there, and the return that followed."""
-        parts = obs, actions, next_obs, rewards, terminations
-        loss = model.loss(*(x.flatten(0, 1).expand(args.ensemble_size, -1, *x.shape[2:])
-                            for x in parts)).mean()
-        length = min(args.horizon, args.num_steps)
-        whole = args.num_steps // length * length
-        rewards, terminations, dones = (  # (length, windows)
-            x[:whole].unflatten(0, (-1, length)).transpose(0, 1).flatten(1)
-            for x in (rewards, terminations, dones))
+        """For a rollout (T, N, ...) that the model has yet to learn: its loss (2), the return (4)
+        that it predicted for the first plan, and the one that came of it."""
+        batch = (x.flatten(0, 1).expand(args.ensemble_size, -1, *x.shape[2:])
+                 for x in (obs, actions, next_obs, rewards, terminations))
         # After a truncation nobody knows what would have followed; there both sums stop.
-        known = (1 - dones * (1 - terminations)).cumprod(0).roll(1, 0)
-        known[0] = 1
-        discounts = agent.discounts[:length, 0] * known
-        starts, plans = (x[:whole:length].flatten(0, 1) for x in (obs, plans))
-        predicted = agent.imagine(starts, plans[:, None, :length], discounts[:, None],
+        known = F.pad((1 - dones * (1 - terminations)).cumprod(0), (0, 0, 1, 0), value=1)
+        discounts = agent.discounts[:len(obs), 0] * known[:args.horizon][:len(obs)]
+        predicted = agent.imagine(obs[0], plans[0, :, None, :len(obs)], discounts[:, None],
                                   *agent.luck()[1:])
-        return loss, predicted.mean(), plan_returns(rewards, terminations, discounts).mean()
+        realised = plan_returns(rewards, terminations, discounts)
+        return model.loss(*batch).mean(), predicted.mean(), realised.mean()
 
     agent.plan, update = capture(agent.plan, device), capture(update, device)
     while run.step < args.total_timesteps:
