@@ -233,11 +233,10 @@ def train(args, resume=""):
         features = agent.encoder(obs)
         values = agent.q_values(features, actions)
         critic_loss = F.mse_loss(values, targets)                                           # (2)
-        features = features.detach()
         actor_loss = -agent.q_values(features, agent.mu(features)).mean()                   # (3)
         weights.grad.zero_()
         critic_loss.backward()
-        actor_loss.backward(inputs=list(agent.actor.parameters()))  # and none for the critic
+        actor_loss.backward(inputs=list(agent.actor.parameters()))  # the critic gets none of it
         average(weights.grad)
         optimizer.step()
         target_weights.lerp_(weights, args.tau)                                             # (4)
