@@ -12,9 +12,9 @@ replay buffer, and with the next values of a target network that stands still fo
 (4)  target_weights = weights every target_every steps, or without target_every at each update
      target_weights = target_weights + tau * (weights - target_weights)
 (5)  actions = argmax_a Q(obs, a), but with probability epsilon any; or, if boltzmann, draws from
-     softmax(Q(obs, .) / temperature). `exploration` is either, and falls linearly
-(6)  if prioritized, P(i) = p_i^alpha / sum_j p_j^alpha with p = |Q(obs, actions) - td_target|, and
-     importance = (N * P(i))^-beta, over the highest in the batch, beta rising to 1; else both are 1
+     softmax(Q(obs, .) / temperature); epsilon or temperature falls linearly
+(6)  P(i) = p_i^alpha / sum_j p_j^alpha with p = |Q(obs, actions) - td_target|, if prioritized, and
+     importance = (N * P(i))^-beta, over the highest of the batch; if not, all P(i) are alike
 (7)  Q(obs, a) = V(obs) + A(obs, a) - mean_a A(obs, a), if dueling
 
     repeat
