@@ -123,7 +123,7 @@ def test_elites_are_the_actions_that_would_be_executed():
     agent = make_agent(step=lambda obs, actions: (obs, actions.sum(-1), 0 * actions[..., 0]),
                        population=50, elites=5, rounds=8, sigma=3.0)
     plans = best_plan(agent, torch.zeros(1, 1))
-    assert (plans <= 2).all() and plans.min() > 1.99  # of unclamped samples the mean would overshoot
+    assert (plans <= 2).all() and plans.min() > 1.99  # the mean of unclamped samples overshoots
     agent = make_agent(step=lambda obs, actions: (obs, -(actions[..., 0] - 1.9) ** 2,
                                                   0 * actions[..., 0]),
                        population=200, elites=5, rounds=1, sigma=3.0, horizon=1)
@@ -148,7 +148,7 @@ def test_the_plan_for_a_linear_system_with_quadratic_costs_is_that_of_lqr(correl
         return obs @ At.T + actions @ Bt.T, -costs, torch.zeros_like(costs)
 
     unbounded = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
-    agent = make_agent(2, unbounded, step, horizon=H, population=300, elites=20, rounds=30,
+    agent = make_agent(2, unbounded, step, horizon=H, population=200, elites=15, rounds=20,
                        sigma=2.0, gamma=1, correlation=correlation)
     obs = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.5, -2.0]])  # three environments at once
     plans = best_plan(agent, obs)
@@ -200,7 +200,8 @@ def test_an_end_is_no_way_out_of_costs():
                        rounds=6)
     assert (best_plan(agent, torch.zeros(3, 1)).argmax(-1)[:, :8] == 1).all()
     # At -1 a step in any case, an end makes no difference.
-    agent.model.predict = lambda obs, actions, *luck: (obs, 0 * actions[..., 0] - 1, actions[..., 0])
+    agent.model.predict = lambda obs, actions, *luck: (
+        obs, 0 * actions[..., 0] - 1, actions[..., 0])
     plans = torch.eye(2)[torch.tensor([[0] * 10, [1] * 10])].unsqueeze(0)
     returns = agent.imagine(torch.zeros(1, 1), plans, agent.discounts, *agent.luck()[1:])
     assert torch.allclose(returns[0, 0], returns[0, 1])
@@ -536,8 +537,8 @@ def test_known_rewards_and_terminations_are_used():
 
 
 def test_the_random_policy_of_the_beginning_is_even():
-    agent = make_agent(1, gym.spaces.Box(np.array([-1, 0], np.float32), np.array([2, 10], np.float32)))
-    actions = agent.explore(5000)
+    low, high = np.array([-1, 0], np.float32), np.array([2, 10], np.float32)
+    actions = make_agent(1, gym.spaces.Box(low, high)).explore(5000)
     assert torch.allclose(actions.mean(0), torch.tensor([0.5, 5.0]), atol=0.2)
     assert torch.allclose(actions.std(0), torch.tensor([3, 10]) / 12 ** 0.5, rtol=0.05)
     actions = make_agent(1, gym.spaces.Discrete(3)).explore(3000)
