@@ -267,16 +267,17 @@ def conjugate_gradient(product, b, iters):
 def line_search(weights, step, measure, max_kl, backtrack_coef, tries=10):
     """Add the longest of step, step * backtrack_coef, ... that is an improvement within max_kl.
 
-    Return the part of the step that was taken: 0 where none would do, which changes nothing."""
+    Return the part of the step that was taken, its policy_loss and its kl. Where none would do,
+    these are 0, and the weights what they were."""
     old, fraction = weights.clone(), 1.0
     for _ in range(tries):
         weights.copy_(old + fraction * step)
         policy_loss, kl = measure().tolist()
         if policy_loss < 0 and kl <= max_kl:  # never so where one is NaN
-            return fraction
+            return fraction, policy_loss, kl
         fraction *= backtrack_coef
     weights.copy_(old)
-    return 0.0
+    return 0.0, 0.0, 0.0
 
 
 def explained_variance(values, returns):
@@ -322,7 +323,7 @@ def train(args, resume=""):
         weights.grad.zero_()
         surrogate((log_probs - log_probs.detach()).exp(), advantages).backward()
         average(weights.grad)
-        pi, g = agent.policy(obs[::args.fisher_every]), -weights.grad
+        pi, g = agent.policy(obs[::args.fisher_every].flatten(0, 1)), -weights.grad
         product = fisher_product(agent.kl, pi, parameters, args.cg_damping)                 # (6)
         x = conjugate_gradient(product, g, args.cg_iters)                                   # (7)
         return x * (2 * max_kl / x.dot(g).clamp(min=1e-30)).sqrt()                          # (8)
@@ -353,13 +354,13 @@ def train(args, resume=""):
 
         old, (values, advantages, returns) = policy(obs), estimate(*rollout)
         batch = obs, actions, advantages - advantages.mean()  # their scale cancels in (8)
-        step, fraction = natural_step(*batch), 1.0
+        step = natural_step(*batch)
         if args.line_search:
-            fraction = line_search(weights, step, lambda: measure(*batch, old), float(max_kl),
-                                   args.backtrack_coef)
+            fraction, policy_loss, kl = line_search(
+                weights, step, lambda: measure(*batch, old), float(max_kl), args.backtrack_coef)
         else:
             weights += step
-        policy_loss, kl = measure(*batch, old)
+            fraction, (policy_loss, kl) = 1.0, measure(*batch, old)
 
         statistics = []
         for _ in range(args.update_epochs):

@@ -344,7 +344,7 @@ def test_an_accepted_step_improves_and_stays_within_max_kl(env, max_kl, spy):
     assert 0.2 * max_kl < kl <= max_kl * 1.001 and loss < 0
     assert history[-1]["kl"] == pytest.approx(kl, rel=1e-2)
     assert history[-1]["policy_loss"] == pytest.approx(loss, rel=1e-2, abs=1e-5)
-    assert history[-1]["step_fraction"] == searches[0]["out"] > 0
+    assert history[-1]["step_fraction"] == searches[0]["out"][0] > 0
     entropy = -old.log_prob(actions).mean().item()
     assert history[-1]["entropy"] == pytest.approx(entropy, rel=1e-3)
 
@@ -365,8 +365,8 @@ def searched(losses, max_kl=1.0):
         seen.append(weights[0].item())
         return torch.tensor(next(answers))
 
-    fraction = trpo.line_search(weights, torch.tensor([10.0, 1.0]), measure, max_kl, 0.5)
-    return fraction, weights, seen
+    found = trpo.line_search(weights, torch.tensor([10.0, 1.0]), measure, max_kl, 0.5)
+    return found, weights, seen
 
 
 def test_the_search_takes_the_longest_step_that_improves_within_max_kl():
@@ -375,16 +375,16 @@ def test_the_search_takes_the_longest_step_that_improves_within_max_kl():
             ([[-1, 0.5]], 1), ([[-1, 1.0]], 1), ([[-1, 1.5], [-0.1, 0.9]], 0.5),
             ([[1, 0.1], [-1, 0.1]], 0.5), ([[0, 0.1], [-1, 0.1]], 0.5),
             ([[nan, 0.1], [-1, nan], [-1, 0.1]], 0.25)]:
-        fraction, weights, seen = searched(losses)
-        assert fraction == expected and len(seen) == len(losses)
+        found, weights, seen = searched(losses)
+        assert found == pytest.approx((expected, *losses[-1])) and len(seen) == len(losses)
         assert seen == [1 + 10 * 0.5 ** k for k in range(len(losses))]
         assert weights.tolist() == pytest.approx([1 + 10 * expected, math.pi + expected])
 
 
 @pytest.mark.parametrize("answer", [[-1, 2], [1, 0.1], [0, 0.1], [math.nan, 0.1], [-1, math.nan]])
 def test_a_search_that_fails_restores_the_weights_bit_for_bit(answer):
-    fraction, weights, seen = searched([answer] * 99)
-    assert fraction == 0 and 5 <= len(seen) < 99
+    found, weights, seen = searched([answer] * 99)
+    assert found == (0, 0, 0) and 5 <= len(seen) < 99
     assert torch.equal(weights, torch.tensor([1.0, math.pi]))
 
 
@@ -415,7 +415,7 @@ def test_without_the_search_the_whole_step_is_taken_whatever_it_does(spy):
     searches = spy(trpo, "line_search")
     settings = dict(total_timesteps=64, max_kl=1.0, cg_damping=1e-3)
     _, history = train("CartPole-v1", **settings)
-    assert searches[0]["out"] < 1 and history[-1]["kl"] <= 1
+    assert searches[0]["out"][0] < 1 and history[-1]["kl"] <= 1
     natural, history = train("CartPole-v1", line_search=False, **settings)
     assert len(searches) == 1 and history[-1]["kl"] > 1 and history[-1]["step_fraction"] == 1
     whole = searches[0]["weights"] + searches[0]["step"]
