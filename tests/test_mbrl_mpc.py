@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from benchmark.planning import Pendulum
 from conftest import small
 
 import mbrl_mpc
@@ -582,6 +583,17 @@ def test_settings_that_cannot_work_are_refused(wrong, words):
 
 
 # Learning.
+
+
+def test_the_benchmarks_equations_of_pendulum_are_the_environments():
+    envs = mbrl_mpc.Envs("Pendulum-v1", 50, torch.device("cpu"))
+    envs.reset(1)
+    for t in range(20):
+        obs, actions = envs.obs, 6 * torch.rand(50, 1) - 3
+        expected = envs.step(actions)
+        got = Pendulum().predict(obs, actions, None, None)
+        for x, y in zip(got, expected):
+            assert torch.allclose(x, y, atol=1e-4)
 
 
 def test_the_best_action_is_found_by_a_learned_reward():
