@@ -18,12 +18,12 @@ the next generation to the best, ES climbs an estimated gradient, CMA-ES learns 
         draw a population of policies around the mean, by (1), (2) or (3)
         play with all of them at once, each in an environment of its own
         fitness = the mean return of each
-        compute mean, sigma and whatever else the method knows anew
+        compute mean, sigma and what else the method keeps anew
 
-Szita and Lorincz 2006 (CEM), Salimans et al. 2017, arXiv:1703.03864 (ES), Hansen
-2016, arXiv:1604.00772 (CMA-ES). Processes share the population and draw the same noise, so that
-only returns travel between them. Where most versions of ES rank policies of equal return by chance,
-which makes a slope of a plateau, here these share a rank. Example: --env CartPole-v1 --method es
+Szita and Lorincz 2006 (CEM), Salimans et al. 2017, arXiv:1703.03864 (ES), Hansen 2016,
+arXiv:1604.00772 (CMA-ES). Several processes draw the same noise and each plays with a part of the
+population, so that only returns travel. Where most versions of ES rank equal returns by position,
+which makes a slope of a plateau, here they share a rank. Example: --env CartPole-v1 --method es
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -56,15 +56,15 @@ class Args:
     method: typing.Literal["cem", "es", "cma"] = arg("cem", "cem, es or cma")
     population: int = arg(32, "cem, cma: policies in a generation", 2)
     pairs: int = arg(4, "es: pairs of policies in a generation", 1)
-    episodes_per_member: int = arg(1, "episodes whose mean return is a policy's fitness", 1)
-    max_episode_steps: int = arg(10_000, "steps after which an episode of training is left", 1)
+    episodes_per_member: int = arg(1, "episodes that the fitness of a policy is the mean of", 1)
+    max_episode_steps: int = arg(10_000, "steps after which training leaves an episode", 1)
     hidden_size: int = arg(0, "units in each of two hidden layers; 0 is a linear policy", 0)
     norm_obs: bool = arg(True, "standardise observations by running statistics")
     init_sigma: float = arg(0.5, "cem, cma: the first deviation of each parameter", 1e-8)
     elite_fraction: float = arg(0.2, "cem: the part of the population that are elites", 0, 1)
     extra_noise: float = arg(1e-3, "cem: added to the variance of the elites, annealed to 0", 0)
     min_sigma: float = arg(1e-3, "cem: floor under the deviation", 0)
-    es_sigma: float = arg(0.05, "es: deviation of each parameter", 1e-8)
+    es_sigma: float = arg(0.05, "es: the deviation of each parameter", 1e-8)
     learning_rate: float = arg(0.02, "es: Adam's step size", 0)
     weight_decay: float = arg(0.005, "es: pull of the parameters to 0, relative to the gradient", 0)
 
@@ -78,7 +78,8 @@ class Args:
 PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, elite_fraction=0.3, extra_noise=1.0, es_sigma=0.5,
                         learning_rate=0.1, weight_decay=0.3),
-    "InvertedPendulum-v5": dict(total_timesteps=100_000, es_sigma=0.1, learning_rate=0.05)}
+    "InvertedPendulum-v5": dict(total_timesteps=100_000, es_sigma=0.1, learning_rate=0.05),
+    "Swimmer-v5": dict(pairs=1, norm_obs=False)}
 ACTION_SPACES = "Discrete", "Box"
 
 
@@ -194,7 +195,7 @@ def es_gradient(utilities, noise, sigma):
 
 
 def es(mean, sigma, first, second, generation, noise, fitness, learning_rate, weight_decay):
-    """The first five anew: a step of Adam up the gradient (2), less a part of the mean."""
+    """The first five anew: a step of Adam, which keeps two moments, up the gradient (2)."""
     gradient = es_gradient(centered_ranks(fitness), noise, sigma) - weight_decay * mean
     generation = generation + 1
     first, second = first.lerp(gradient, 0.1), second.lerp(gradient.square(), 0.001)
@@ -268,24 +269,27 @@ def train(args, resume=""):
                     args.es_sigma if args.method == "es" else args.init_sigma)
     run = Run(args, envs, resume, agent=agent, search=search)
     act = capture(agent.policies, device)
+    columns = 2 + 2 * len(agent.norm.mean) if args.norm_obs else 2
 
     @torch.inference_mode()
     def play(samples, seeds):
-        """An episode of each: sums of reward, steps and, for the norm, features and squares."""
+        """An episode of each: sums of reward and steps and, for the norm, features and squares."""
         idle = num_envs - len(seeds)
         layers = agent.layers(F.pad(samples, (0, 0, 0, idle)))
         envs.reset((*seeds, *[None] * idle))
         alive = F.pad(torch.ones(len(seeds), 1, device=device), (0, 0, 0, idle))
-        ones, sums = torch.ones_like(alive), 0
+        ones, playing = torch.ones_like(alive), len(seeds)
+        sums = torch.zeros(num_envs, columns, dtype=torch.double, device=device)
         for _ in range(args.max_episode_steps):
-            run.step += int(alive.sum())
             features = agent.features(envs.obs)
             _, rewards, _, dones = envs.step(act(features, *layers))
             seen = [features, features.square()] if args.norm_obs else []
-            sums = sums + (alive * torch.cat([rewards.unsqueeze(1), ones, *seen], 1)).double()
-            alive = alive * (1 - dones).unsqueeze(1)
+            sums += alive * torch.cat([rewards.unsqueeze(1), ones, *seen], 1)
+            run.step += playing
             run.progress()
-            if run.step > args.total_timesteps or not alive.any():
+            alive *= (1 - dones).unsqueeze(1)
+            playing = int(alive.sum())
+            if not playing or run.step > args.total_timesteps:
                 break
         return sums[:len(seeds)]
 
@@ -326,8 +330,7 @@ def train(args, resume=""):
                 old.copy_(value)
             if args.norm_obs:
                 agent.norm.update(sums[:, 1:].sum(0))
-        run.log(median_return=fitness.median(), best_return=fitness.max(),
-                sigma=search.sigma.mean(), weight_norm=search.mean.norm())
+        run.log(sigma=search.sigma.mean(), weight_norm=search.mean.norm())
     run.finish()
     return agent, run.history
 

@@ -432,13 +432,19 @@ def test_the_number_of_environments_does_not_change_the_result(method):
     for agent, history in results[1:]:
         assert same(agent.state_dict(), results[0][0].state_dict())
         for row, expected in zip(history[:-1], results[0][1][:-1], strict=True):
-            assert row["best_return"] == expected["best_return"]
+            assert row["weight_norm"] == expected["weight_norm"]
 
 
 def test_an_episode_is_left_after_the_most_steps_that_are_allowed(spy):
     calls = spy(cem_es, "cem")
     train("probes:Endless-v0", max_episode_steps=7, total_timesteps=100)
     assert {x for call in calls for x in call["fitness"].tolist()} == {7.0}
+
+
+def test_a_generation_lasts_as_long_as_its_longest_episode(spy):
+    calls = spy(cem_es.Envs, "step")
+    train("probes:Counter-v0", total_timesteps=80)  # four generations of four episodes of 5 steps
+    assert len(calls) == 4 * 5
 
 
 def test_a_generation_that_the_budget_cuts_short_is_not_learnt_from(spy):
