@@ -492,12 +492,13 @@ def test_cartpole_is_learnt_within_25_thousand_steps(method, steps):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_search_goes_on_exactly_with_all_that_the_method_remembers(
         method, monkeypatch, tmp_path):
-    settings = dict(method=method, norm_obs=True, total_timesteps=1000, checkpoint_every=100)
+    settings = dict(method=method, norm_obs=True, total_timesteps=2000, max_episode_steps=30,
+                    checkpoint_every=100)
     save = cem_es.Run.save
 
     def keep(run):
         save(run)
-        if 200 <= run.step < 700 and not os.path.exists("part"):
+        if 200 <= run.step < 1000 and not os.path.exists("part"):
             shutil.copytree("whole", "part")
 
     monkeypatch.setattr(cem_es.Run, "save", keep)
