@@ -6,9 +6,9 @@ NAF gives Q a form that tells: at each observation a quadratic in the action, wh
 mu. It learns from a buffer of old transitions, towards a slowly moving copy of itself.
 
 (1)  td_target = rewards + gamma * (1 - terminations) * target_V(next_obs)
-(2)  loss = E[(Q(obs, actions) - td_target)^2]
+(2)  loss = E[(Q(obs, actions) - td_target)^2] + E[max(0, |u(obs)| - 2)^2] with mu = tanh(u)
 (3)  Q(obs, actions) = V(obs) - (actions - mu(obs))^T P(obs) (actions - mu(obs)) / 2
-     P(obs) = L(obs) L(obs)^T with a lower triangular L, whose diagonal is an exponential
+     P(obs) = L(obs) L(obs)^T with a lower triangular L, whose diagonal is 1 + an exponential
 (4)  target_weights = target_weights + tau * (weights - target_weights)
 (5)  noise = (1 - theta) * noise + sigma * N(0, 1), with theta = 1 for Gaussian noise
 
@@ -20,9 +20,9 @@ mu. It learns from a buffer of old transitions, towards a slowly moving copy of 
 
 Gu et al. 2016, arXiv:1603.00748, without its imagined rollouts. As in later work there is no batch
 normalisation, the first actions are uniform, and gradients are clipped. P measures actions in parts
-of their bounds. Here the diagonal of L is at least 1: where Q rises to the far bound the best fit
-would be a P of 0, which leaves mu without a gradient at the wrong one. And where a time limit cuts
-an episode off, the value of the state goes on. Example: --env InvertedPendulum-v5
+of their bounds. While V is still far off, fitting it drives mu to some bound, where neither tanh
+nor a P that vanishes would let it go: so the diagonal of L exceeds 1, and (2) holds u back. And
+where a time limit cuts an episode off, the value of the state goes on. Example: --env Pendulum-v1
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -128,23 +128,22 @@ class Agent(nn.Module):
         self.network = MLP(size, *hidden, 1 + len(low) + len(low) ** 2)
 
     def heads(self, obs):
-        """V (...), mu (..., action_dim), L (..., action_dim, action_dim) for obs (..., *shape)."""
+        """V (...), mu and u (..., action_dim), L (..., action_dim, action_dim), all of obs."""
         dim = len(self.low)
-        V, mu, L = self.network(self.encoder(obs)).split([1, dim, dim * dim], -1)
+        V, u, L = self.network(self.encoder(obs)).split([1, dim, dim * dim], -1)
         L = L.unflatten(-1, (dim, dim)).clamp(-5, 5)  # or exp might overflow
-        diagonal = L.diagonal(dim1=-2, dim2=-1).clamp(min=0).exp()  # or mu might lose its gradient
+        diagonal = 1 + L.diagonal(dim1=-2, dim2=-1).exp()  # or mu might lose its gradient
         L = L.tril(-1) + diagonal.diag_embed()
-        return V.squeeze(-1), self.center + self.scale * mu.tanh(), L
+        return V.squeeze(-1), self.center + self.scale * u.tanh(), u, L
 
-    def q_values(self, obs, actions):
+    def q_values(self, actions, V, mu, L):
         """Q (...) of actions (..., action_dim), whose distance from mu is a part of the bounds."""
-        V, mu, L = self.heads(obs)
         return V + advantage((actions - mu) / self.scale, L)                                # (3)
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False, noise=0.0):
         """Actions (N, action_dim) for obs (N, *shape): mu(obs), moved by noise or not."""
-        _, actions, _ = self.heads(obs)
+        _, actions, _, _ = self.heads(obs)
         if not deterministic:
             actions = actions + self.scale * noise
         return actions.clamp(self.low, self.high)  # so that what is stored is what is done
@@ -239,10 +238,11 @@ def train(args, resume=""):
     def update(obs, actions, next_obs, rewards, terminations):
         """Take one Adam step on a batch (B, ...) and let the target follow; return the loss."""
         with torch.no_grad():
-            next_values, _, _ = target.heads(next_obs)
+            next_values, _, _, _ = target.heads(next_obs)
             targets = td_target(rewards, next_values, terminations, args.gamma)             # (1)
-        values = agent.q_values(obs, actions)
-        loss = F.mse_loss(values, targets)                                                  # (2)
+        V, mu, u, L = agent.heads(obs)
+        values = agent.q_values(actions, V, mu, L)
+        loss = F.mse_loss(values, targets) + (u.abs() - 2).clamp(min=0).square().mean()     # (2)
         weights.grad.zero_()
         loss.backward()
         average(weights.grad)

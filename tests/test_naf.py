@@ -22,6 +22,11 @@ def an_agent(weight=1.0):
     return agent
 
 
+def q_values(agent, obs, actions):
+    V, mu, _, L = agent.heads(obs)
+    return agent.q_values(actions, V, mu, L)
+
+
 def any_actions(n):
     return LOW + (HIGH - LOW) * torch.rand(n, 3)
 
@@ -32,10 +37,10 @@ def train(env="probes:Bounds-v0", **changes):
 
 def test_q_is_the_quadratic_of_the_paper():
     agent, obs, actions = an_agent(3.0), torch.randn(50, 4), any_actions(50)
-    V, mu, L = agent.heads(obs)
+    V, mu, _, L = agent.heads(obs)
     assert V.shape == (50,) and mu.shape == (50, 3) and L.shape == (50, 3, 3)
     for value, maximum, best, lower, action in zip(
-            agent.q_values(obs, actions).tolist(), V.tolist(), *(
+            q_values(agent, obs, actions).tolist(), V.tolist(), *(
                 x.detach().double().numpy() for x in (mu, L, actions))):
         offset = (action - best) / (BOUNDS.high - BOUNDS.low) * 2  # the bounds are 2 apart
         P = lower @ lower.T
@@ -44,34 +49,34 @@ def test_q_is_the_quadratic_of_the_paper():
 
 def test_q_has_its_maximum_v_at_mu_and_nowhere_else():
     agent, obs = an_agent(3.0), torch.randn(50, 4)
-    V, mu, _ = agent.heads(obs)
-    assert torch.equal(agent.q_values(obs, mu), V) and torch.equal(agent.act(obs, True), mu)
+    V, mu, _, _ = agent.heads(obs)
+    assert torch.equal(q_values(agent, obs, mu), V) and torch.equal(agent.act(obs, True), mu)
     for _ in range(20):
         actions = any_actions(50)
-        assert (agent.q_values(obs, actions) < V).all()
+        assert (q_values(agent, obs, actions) < V).all()
     assert ((mu >= LOW) & (mu <= HIGH)).all()
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0, 30.0])
 def test_l_is_lower_triangular_and_p_positive_definite(weight):
     agent = an_agent(weight)
-    _, _, L = agent.heads(torch.randn(200, 4))
+    _, _, _, L = agent.heads(torch.randn(200, 4))
     assert torch.equal(L, L.tril()) and L.tril(-1).abs().max() > 0
     assert (L.diagonal(dim1=-2, dim2=-1) >= 1).all()  # so that mu gets a gradient
     P = L.double() @ L.double().mT
     assert (torch.linalg.eigvalsh(P) > 0).all()
-    if weight == 1:  # an entry is the logarithm of its diagonal element
+    if weight == 1:  # the diagonal is 1 + the exponential of the outputs
         torch.nn.init.zeros_(agent.network[-1].weight)
-        for entry, expected in ((1.5, np.exp(1.5)), (0.0, 1), (-2.0, 1), (1e9, np.exp(5))):
+        for entry, expected in ((1.5, 1 + np.exp(1.5)), (0.0, 2), (1e9, 1 + np.exp(5))):
             torch.nn.init.constant_(agent.network[-1].bias, entry)
-            diagonal = agent.heads(torch.zeros(1, 4))[2].diagonal(dim1=-2, dim2=-1)
+            diagonal = agent.heads(torch.zeros(1, 4))[3].diagonal(dim1=-2, dim2=-1)
             assert diagonal.flatten().tolist() == pytest.approx([expected] * 3)
 
 
 @pytest.mark.parametrize("size", [1e3, 1e9, 1e18])
 def test_huge_features_stay_finite(size):
     agent, obs = an_agent(3.0), size * torch.randn(50, 4)
-    values = agent.q_values(obs, any_actions(50))
+    values = q_values(agent, obs, any_actions(50))
     assert values.isfinite().all() and agent.act(obs, True).isfinite().all()
     values.mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in agent.parameters())
@@ -88,18 +93,33 @@ def last_batch(env, spy, **changes):
 @pytest.mark.parametrize("env", ["Pendulum-v1", "probes:Bounds-v0", "probes:BoxImage-v0"])
 def test_the_loss_equals_a_loop_over_single_transitions_as_does_its_gradient(env, spy):
     agent, batch, row = last_batch(env, spy, gamma=0.9)
-    loss = q_values = 0
+    loss = mean_q = 0
     for obs, action, next_obs, reward, termination in zip(*(x.split(1) for x in batch)):
         maximum = agent.heads(next_obs)[0].item()
         target = reward.item() if termination else reward.item() + 0.9 * maximum
-        q = agent.q_values(obs, action)
-        loss, q_values = loss + (q - target).square().squeeze(0) / 16, q_values + q.item() / 16
+        q = q_values(agent, obs, action)
+        loss, mean_q = loss + (q - target).square().squeeze(0) / 16, mean_q + q.item() / 16
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert row["q_values"] == pytest.approx(q_values, rel=1e-4)
+    assert row["q_values"] == pytest.approx(mean_q, rel=1e-4)
     parameters = list(agent.parameters())
     for parameter, expected in zip(parameters, torch.autograd.grad(loss, parameters)):
         tolerance = 1e-4 * expected.abs().max()
         assert torch.allclose(parameter.grad, expected, rtol=1e-3, atol=tolerance)
+
+
+def test_u_is_held_back_beyond_2_and_nowhere_else(monkeypatch, spy):
+    monkeypatch.setattr(naf.Agent, "q_values", lambda self, actions, V, mu, L: 0 * V)
+    monkeypatch.setattr(naf, "td_target", lambda rewards, *_: 0 * rewards)
+    init = naf.Agent.__init__
+    for value, gradient in ((-3.0, -2.0), (-1.9, 0.0), (1.9, 0.0), (2.5, 1.0)):
+        def start(self, *args, value=value):
+            init(self, *args)
+            torch.nn.init.zeros_(self.network[-1].weight)
+            torch.nn.init.constant_(self.network[-1].bias, value)
+
+        monkeypatch.setattr(naf.Agent, "__init__", start)
+        agent, _ = train("Pendulum-v1", learning_rate=0, max_grad_norm=1e9)
+        assert agent.network[-1].bias.grad.tolist() == pytest.approx([0, gradient, 0], abs=1e-6)
 
 
 def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(monkeypatch):
@@ -124,7 +144,7 @@ def test_a_wrong_bound_is_left_again():
     obs, actions = torch.zeros(64, 1), torch.linspace(-1, 1, 64).unsqueeze(-1)
     assert agent.act(obs[:1], True).item() < -0.98
     for _ in range(500):
-        loss = (agent.q_values(obs, actions) - 3 * actions.squeeze(-1)).square().mean()
+        loss = (q_values(agent, obs, actions) - 3 * actions.squeeze(-1)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
