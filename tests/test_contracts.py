@@ -380,8 +380,8 @@ def test_the_environments_say_where_an_episode_begins(script, module):
 def test_an_evaluation_tells_an_agent_that_asks_where_episodes_begin(script, module):
     args = module.Args(**small(script, env=probe(module, "Uneven"), total_timesteps=64))
     agent, _ = module.train(args)
-    obs, begins, act = [], [], agent.act
-    object.__setattr__(agent, "begin", lambda x: begins.append(x.clone()))
+    obs, begins, act, begin = [], [], agent.act, getattr(agent, "begin", lambda x: None)
+    object.__setattr__(agent, "begin", lambda x: (begins.append(x.clone()), begin(x)))
     object.__setattr__(agent, "act", lambda x, deterministic: (obs.append(x), act(x, True))[1])
     module.evaluate(agent, args, 40)
     assert len(begins) == len(obs) > 2
