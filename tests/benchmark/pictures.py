@@ -30,7 +30,7 @@ def curves(row, read):
     if not runs:
         return None
     first, last = max(run[0, 0] for run in runs), min(run[-1, 0] for run in runs)
-    steps = np.geomspace(first, last, 60)
+    steps = np.geomspace(first, last, 40)
     returns = np.array([np.interp(steps, run[:, 0], run[:, 2]) for run in runs])
     return steps, returns.mean(0), returns.std(0)
 

@@ -1,0 +1,60 @@
+"""The benchmark's statistics, its records, and that the README shows what they say."""
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import NAMES, ROOT, TESTS, flags, small
+
+sys.path.insert(0, str(TESTS / "benchmark"))
+import run as benchmark  # noqa: E402
+
+
+def test_statistics_are_those_of_the_textbook():
+    s = benchmark.statistics([5.0, 1.0, 3.0, 2.0, 100.0])
+    assert s["mean"] == pytest.approx(22.2) and s["worst"] == 1
+    assert s["std"] == pytest.approx(np.std([5, 1, 3, 2, 100], ddof=1))
+    assert s["iqm"] == pytest.approx((2 + 3 + 5) / 3)  # without the lowest and the highest quarter
+    assert 1 < s["low"] < s["mean"] < s["high"] < 100
+    same = benchmark.statistics([7.0] * 3)
+    assert all(same[name] == 7 for name in ("mean", "iqm", "worst", "low", "high"))
+
+
+def test_a_run_is_trained_recorded_and_read_back_and_one_that_was_interrupted_resumed(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "RUNS", tmp_path / "runs")
+    settings = small("ppo")
+    row = benchmark.Row("ppo", "CartPole-v1", settings.pop("total_timesteps"), 500,
+                        flags=" ".join(flags(settings)), episodes=3)
+    folder = tmp_path / "runs" / benchmark.name(row, 2)
+    words = benchmark.command(row, 2).split()[2:] + ["--total-timesteps", "256"]
+    begun = [sys.executable, str(ROOT / "ppo.py"), *words, "--run-dir", str(folder)]
+    assert subprocess.run(begun, capture_output=True).returncode == 0
+    assert benchmark.read(row, 2, tmp_path / "results") is None
+    # The checkpoint of a shorter run stands for an interrupted one; its own steps are kept.
+    benchmark.train(row, 2, tmp_path / "results")
+    score, seconds, curve = benchmark.read(row, 2, tmp_path / "results")
+    assert 8 < score <= 500 and seconds > 0 and curve[-1, 0] == 256 and len(curve) <= 101
+    (path,) = (tmp_path / "results").iterdir()
+    text = path.read_text()
+    assert f"# command: {benchmark.command(row, 2)}" in text and "torch" in text
+    assert "| 256 |" not in benchmark.table([row], tmp_path / "results")
+    assert f"`ppo.py {row.flags}`" in benchmark.table([row], tmp_path / "results")
+
+
+def test_every_script_is_measured_and_quickly_too():
+    assert {row.script for row in benchmark.ROWS} == set(NAMES)
+    assert {row.script for row in benchmark.QUICK} == set(NAMES)
+
+
+def test_the_table_of_the_readme_is_what_the_records_say():
+    text = (ROOT / "README.md").read_text()
+    shown = re.search(r"<!-- results -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert shown[1] == benchmark.table(benchmark.ROWS)
+
+
+def test_a_missing_peer_is_a_clear_line():
+    done = subprocess.run([sys.executable, TESTS / "benchmark/compare.py", "--peer-python", "/no"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "/no" in done.stderr
