@@ -447,11 +447,11 @@ class Envs:
         with blame(f"cannot make {env_id}"):
             if atari := env_id.startswith("ALE/"):
                 gym.register_envs(__import__("ale_py"))
-            if atari and not kwargs:
+            if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
                                     autoreset_mode="SameStep")
             else:
-                if atari:  # the fast version cannot be filmed
+                if atari:  # the fast version can neither be filmed nor wrapped
                     stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
                     wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
                     kwargs["frameskip"] = 1

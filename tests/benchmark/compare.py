@@ -2,8 +2,8 @@
 
     python tests/benchmark/compare.py --peer-python PATH_TO_A_PYTHON_THAT_HAS_THEM
 
-Steps per second are counted between the first and the last batch of a run, so that neither side
-pays for imports. `--only WORD` takes the settings whose name contains the word; `--solve` measures
+Steps per second are counted over the last three quarters of a run, so that neither side pays for
+imports or has yet to begin to learn. `--only WORD` takes the settings whose name contains the word; `--solve` measures
 seconds of training to a policy that solves the task instead, the peer with the settings that
 rl-baselines3-zoo tuned for it. Results go to results/speed.csv and results/solve.csv."""
 import argparse
@@ -30,6 +30,23 @@ SPEED = {
         "ppo", "HalfCheetah-v5", 1, 20_480,
         dict(num_steps=2048, num_minibatches=32, update_epochs=10, anneal=False) | NO_NORMS,
         "PPO", dict(n_steps=2048, batch_size=64, n_epochs=10)),
+    "a2c CartPole 8x5": (
+        "a2c", "CartPole-v1", 8, 80_000, NO_NORMS, "A2C", dict(n_steps=5)),
+    "trpo CartPole 4x512": (
+        "trpo", "CartPole-v1", 4, 40_960,
+        dict(num_steps=512, num_minibatches=16, update_epochs=10, cg_iters=15) | NO_NORMS,
+        "TRPO", dict(n_steps=512, batch_size=128)),
+    "dqn CartPole": (
+        "dqn", "CartPole-v1", 1, 20_000,
+        dict(batch_size=128, train_every=10, num_updates=1, buffer_size=10_000, target_every=500,
+             double=False, hidden_size=100),
+        "DQN", dict(batch_size=128, train_freq=10, gradient_steps=1, buffer_size=10_000,
+                    learning_starts=1000, target_update_interval=500,
+                    policy_kwargs=dict(net_arch=[100, 100]))),
+    "ddpg HalfCheetah": (
+        "ddpg", "HalfCheetah-v5", 1, 6000, dict(batch_size=256, learning_starts=1000),
+        "DDPG", dict(batch_size=256, learning_starts=1000, learning_rate=1e-3, train_freq=1,
+                     gradient_steps=1, noise=0.1, policy_kwargs=dict(net_arch=[256, 256]))),
 }
 
 # Each: our script, environment, evaluation episodes, the peer's settings as in the zoo.
@@ -38,6 +55,22 @@ SOLVE = {
         "ppo", "CartPole-v1", 100, 8, 100_000, "PPO",
         dict(n_steps=32, batch_size=256, gae_lambda=0.8, gamma=0.98, n_epochs=20, ent_coef=0.0,
              learning_rate="lin_1e-3", clip_range="lin_0.2")),
+    "a2c CartPole": ("a2c", "CartPole-v1", 100, 8, 500_000, "A2C", dict(ent_coef=0.0)),
+    "trpo CartPole": (
+        "trpo", "CartPole-v1", 100, 2, 100_000, "TRPO",
+        dict(n_steps=512, batch_size=512, cg_damping=1e-3, gae_lambda=0.98, gamma=0.99,
+             learning_rate=1e-3, n_critic_updates=20)),
+    "dqn CartPole": (
+        "dqn", "CartPole-v1", 100, 1, 50_000, "DQN",
+        dict(learning_rate=2.3e-3, batch_size=64, buffer_size=100_000, learning_starts=1000,
+             gamma=0.99, target_update_interval=10, train_freq=256, gradient_steps=128,
+             exploration_fraction=0.16, exploration_final_eps=0.04,
+             policy_kwargs=dict(net_arch=[256, 256]))),
+    "ddpg Pendulum": (
+        "ddpg", "Pendulum-v1", 500, 1, 20_000, "DDPG",
+        dict(gamma=0.98, buffer_size=200_000, learning_starts=10_000, noise=0.1,
+             gradient_steps=1, train_freq=1, learning_rate=1e-3,
+             policy_kwargs=dict(net_arch=[400, 300]))),
 }
 
 OURS = """
@@ -49,7 +82,8 @@ args = {f.name: f.default for f in fields(module.Args)} | settings | dict(
     env=env, num_envs=num_envs, total_timesteps=steps, device="cpu")
 sys.stdout = sys.stderr
 history = module.train(module.Args(**args))[1]
-first, last = history[0], history[-1]
+first = next(row for row in history if row["step"] >= steps / 4)
+last = history[-1]
 sys.stdout = sys.__stdout__
 print((last["step"] - first["step"]) / (last["seconds"] - first["seconds"]))
 """
@@ -99,8 +133,7 @@ if episodes:
     score = evaluate_policy(model, make_vec_env(env, n_envs=20, seed=seed + 1000), episodes)[0]
     print(seconds, score)
 else:
-    # As ours: from the first hundredth of the run, when everything is warm, to its end.
-    first = next(x for x in clock.times if x[0] >= steps // 100)
+    first = next(x for x in clock.times if x[0] >= steps / 4)
     last = clock.times[-1]
     print((last[0] - first[0]) / (last[1] - first[1]))
 """
