@@ -89,9 +89,9 @@ CONTROL = dict(buffer_size=50_000, exploration_end=0.1, exploration_fraction=0.1
 PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, num_envs=8, train_every=32, num_updates=64,
                         learning_rate=2e-3, target_every=0, tau=0.01, n_step=3, hidden_size=128),
-    "MountainCar-v0": dict(total_timesteps=120_000, train_every=4, num_updates=8,
-                           buffer_size=50_000, learning_rate=2e-3, target_every=0, tau=0.01,
-                           n_step=5, hidden_size=128, exploration_end=0.07,
+    "MountainCar-v0": dict(total_timesteps=120_000, num_envs=1, train_every=16, num_updates=8,
+                           buffer_size=10_000, learning_rate=4e-3, anneal=False, gamma=0.98,
+                           target_every=600, double=False, exploration_end=0.07,
                            exploration_fraction=0.2),
     "Acrobot-v1": CONTROL | dict(total_timesteps=100_000),
     "LunarLander-v3": CONTROL | dict(total_timesteps=300_000),

@@ -73,7 +73,7 @@ ROWS = [
 QUICK = [row for row in ROWS if (row.script, row.env) in {
     ("reinforce", "CartPole-v1"), ("a2c", "CartPole-v1"), ("ppo", "CartPole-v1"),
     ("trpo", "CartPole-v1"), ("dqn", "CartPole-v1"), ("ddpg", "Pendulum-v1"),
-    ("naf", "Pendulum-v1"), ("mbrl_mpc", "CartPole-v1")} or row.flags == "--method cem"
+    ("naf", "Pendulum-v1"), ("mbrl_mpc", "Pendulum-v1")} or row.flags == "--method cem"
     and row.env == "CartPole-v1"]
 
 
