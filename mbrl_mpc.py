@@ -85,7 +85,7 @@ class Args:
 
 SMALL = dict(num_steps=50, num_updates=200, learning_rate=5e-3, ensemble_size=3, num_particles=3,
              hidden_size=64, rounds=2)
-PRESETS = {  # what is known to work (on CartPole to some 350 of 500); keys may be patterns
+PRESETS = {  # what is known to work (on CartPole not yet enough); keys may be patterns
     "CartPole-v1": SMALL | dict(total_timesteps=5000, num_envs=5, learning_starts=500,
                                 population=40, elites=5, correlation=0.0),
     "Pendulum-v1": SMALL | dict(total_timesteps=4000, num_envs=4, learning_starts=400, horizon=20,
