@@ -445,23 +445,30 @@ def capture(function, device):
     return replay
 
 
-class Prepare(gym.Wrapper):
-    """Byte images channels first, every other observation as a flat vector, and no infos.
+def prepare(env):
+    """Byte images channels first, every other observation as a flat vector."""
+    space = env.observation_space
+    if space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36:
+        if space.shape[0] > space.shape[2]:
+            box = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), np.uint8)
+            env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0), box)
+    elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return env
 
-    Nobody reads the infos, and gathering them took a tenth of a step."""
 
-    def __init__(self, env):
-        space = env.observation_space
-        if space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36:
-            if space.shape[0] > space.shape[2]:
-                box = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), np.uint8)
-                env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0), box)
-        elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            env = gym.wrappers.FlattenObservation(env)
-        super().__init__(env)
+class Serial(gym.vector.SyncVectorEnv):
+    """gymnasium's, with steps in half the time because they gather no infos but `final_obs`."""
 
-    def step(self, action):
-        return *self.env.step(action)[:4], {}
+    def step(self, actions):
+        results, final_obs = [], {}
+        for i, (env, action) in enumerate(zip(self.envs, actions)):
+            obs, reward, termination, truncation, _ = env.step(action)
+            if termination or truncation:
+                final_obs[i] = np.array(obs)
+                obs, _ = env.reset()
+            results.append((obs, reward, termination, truncation))
+        return *map(np.array, zip(*results)), dict(final_obs=final_obs)
 
 
 class Envs:
@@ -483,10 +490,15 @@ class Envs:
                     stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
                     wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
                     kwargs["frameskip"] = 1
-                mode = dict(autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, copy=False)
-                envs = gym.make_vec(env_id, num_envs, "sync", mode, [*wrappers, Prepare], **kwargs)
-        self.envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
-        self.id, self.device, self.episodes = env_id, device, []
+
+                def make():
+                    env = gym.make(env_id, **kwargs)
+                    for wrapper in (*wrappers, prepare):
+                        env = wrapper(env)
+                    return env
+
+                envs = Serial([make] * num_envs)
+        self.id, self.device, self.envs, self.episodes = env_id, device, envs, []
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
         kind = type(self.action_space).__name__
@@ -502,6 +514,7 @@ class Envs:
         with blame(f"{self.id} failed to reset"):
             self.obs = self.tensor(self.envs.reset(seed=seed)[0], self.dtype)
         self.begins = torch.ones(len(self.obs), device=self.device)
+        self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes that go on
 
     def step(self, actions):
         """Act; return next_obs, rewards, terminations and dones.
@@ -511,21 +524,25 @@ class Envs:
         if isinstance(space, gym.spaces.Discrete):
             actions = actions + space.start
         else:
-            if not np.isfinite(actions).all():
+            if not math.isfinite(actions.sum()):
                 raise FloatingPointError("the agent's actions are not finite")
             actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
         with blame(f"{self.id} failed"):
             obs, rewards, terminations, truncations, infos = self.envs.step(actions)
-        if not np.isfinite(rewards).all():
+        self.returns += rewards
+        self.lengths += 1
+        if not math.isfinite(self.returns.sum()):
             raise UserError(f"{self.id} gave the rewards {rewards.tolist()}")
         self.obs = next_obs = self.tensor(obs, self.dtype)
         dones = terminations | truncations
         if dones.any():
-            ended, ends = dones.nonzero()[0], infos["episode"]
-            self.episodes += zip(*(x.tolist() for x in (ended, ends["r"][ended], ends["l"][ended])))
+            ended = dones.nonzero()[0]
+            self.episodes += zip(*(x[ended].tolist() for x in (
+                np.arange(len(dones)), self.returns, self.lengths)))
+            self.returns[ended] = self.lengths[ended] = 0
             next_obs = next_obs.clone()
-            next_obs[ended] = self.tensor(np.stack(list(infos["final_obs"][ended])), self.dtype)
-        rewards, terminations, self.begins = map(self.tensor, (rewards, terminations, dones))
+            next_obs[ended] = self.tensor([infos["final_obs"][i] for i in ended], self.dtype)
+        rewards, terminations, self.begins = self.tensor([rewards, terminations, dones]).unbind()
         return next_obs, rewards, terminations, self.begins
 
 

@@ -39,6 +39,20 @@ class Probe(gym.Env):
         return observe(self.observation_space, self.steps), reward, *ends, {}
 
 
+class Reusing(Probe):
+    """Writes every observation into the array that it returned before."""
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        self.array = getattr(self, "array", obs)
+        self.array[:] = obs
+        return self.array, info
+
+    def step(self, action):
+        self.array[:], *rest = super().step(action)
+        return self.array, *rest
+
+
 def observe(space, steps):
     if isinstance(space, Dict):
         return {key: observe(space[key], steps) for key in space}
@@ -65,6 +79,7 @@ FOREVER = dict(length=np.inf)
 
 for name, settings in {
     "Counter": dict(),
+    "Reusing": dict(),
     "Terminated": dict(length=1, ends=(True, False), reward=2.0),
     "Truncated": dict(length=1, ends=(False, True), reward=2.0),
     "Both": dict(length=1, ends=(True, True), reward=2.0),
@@ -85,13 +100,12 @@ for name, settings in {
     "DiscreteObs": dict(obs_space=Discrete(7)),
     "ImageFirst": dict(obs_space=image(3, 36, 40)),
     "ImageLast": dict(obs_space=image(36, 40, 3)),
-    "BoxDict": dict(obs_space=VECTORS, action_space=BOUNDS),
     "BoxImage": dict(obs_space=image(36, 40, 3), action_space=BOUNDS),
-    "BoxTerminated": dict(length=1, ends=(True, False), reward=2.0, action_space=BOUNDS),
-    "BoxTruncated": dict(length=1, ends=(False, True), reward=2.0, action_space=BOUNDS),
-    "BoxBoth": dict(length=1, ends=(True, True), reward=2.0, action_space=BOUNDS),
-    "BoxUneven": dict(length=(1, 9), action_space=BOUNDS),
     "BoxTarget": dict(length=1, action_space=BOUNDS,
                       reward=lambda a: -(a[0] - 1.5) ** 2 - ((a[1] - 3) / 5) ** 2),
 }.items():
-    gym.register(f"{name}-v0", Probe, kwargs=settings, disable_env_checker=True)
+    kind = Reusing if name == "Reusing" else Probe
+    gym.register(f"{name}-v0", kind, kwargs=settings, disable_env_checker=True)
+    if "action_space" not in settings:  # and the same for those who take no discrete actions
+        gym.register(f"Box{name}-v0", kind, kwargs=settings | dict(action_space=BOUNDS),
+                     disable_env_checker=True)

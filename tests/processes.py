@@ -44,16 +44,16 @@ def die():
 
 
 def die_in_step(call):
-    """Die in the call-th step of the environments."""
+    """Die in the call-th step of an environment with a time limit."""
     import gymnasium as gym
 
-    step, calls = gym.vector.SyncVectorEnv.step, []
+    step, calls = gym.wrappers.TimeLimit.step, []
 
     def mortal(self, actions):
         calls.append(1)
         return die() if len(calls) == call else step(self, actions)
 
-    gym.vector.SyncVectorEnv.step = mortal
+    gym.wrappers.TimeLimit.step = mortal
 
 
 def die_in_save(call):

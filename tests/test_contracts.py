@@ -340,23 +340,27 @@ def rollout(module, env, steps, num_envs=3, action=None, **kwargs):
     """(obs, next_obs, rewards, terminations, dones) of each step, and the Envs."""
     envs = module.Envs(env, num_envs, torch.device("cpu"), **kwargs)
     envs.reset(1)
-    size = () if isinstance(envs.action_space, gym.spaces.Discrete) else envs.action_space.shape
-    actions, rows = torch.zeros(num_envs, *size, dtype=torch.float if size else torch.long), []
+    rows = []
     for _ in range(steps):
         obs = envs.obs
-        rows.append((obs, *envs.step(actions)))
+        rows.append((obs, *envs.step(zeros(envs))))
     return *(torch.stack(column) for column in zip(*rows)), envs
+
+
+def zeros(envs):
+    """An action 0 for each environment."""
+    return torch.as_tensor(np.zeros((len(envs.obs), *envs.action_space.shape),
+                                    envs.action_space.dtype))
 
 
 def probe(module, name):
     """A probe with actions that the script takes."""
-    if "Discrete" not in module.ACTION_SPACES:
-        pytest.skip("the probe has discrete actions")
-    return f"probes:{name}-v0"
+    return f"probes:{name if 'Discrete' in module.ACTION_SPACES else 'Box' + name}-v0"
 
 
-def test_next_obs_follows_obs_even_where_an_episode_ends(script, module):
-    env = probe(module, "Counter")
+@pytest.mark.parametrize("name", ["Counter", "Reusing"])
+def test_next_obs_follows_obs_even_where_an_episode_ends(script, module, name):
+    env = probe(module, name)
     obs, next_obs, rewards, terminations, dones, envs = rollout(module, env, 12)
     assert torch.equal(next_obs, obs + 1)
     assert obs[:, 0, 0].tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]  # no step between episodes
@@ -373,7 +377,7 @@ def test_the_environments_say_where_an_episode_begins(script, module):
     for _ in range(30):
         assert torch.equal(envs.begins.bool(), envs.obs.squeeze(-1) == 0)
         begins.append(envs.begins)
-        envs.step(torch.zeros(5, dtype=torch.long))
+        envs.step(zeros(envs))
     assert 0 < torch.stack(begins[1:]).mean() < 1
 
 

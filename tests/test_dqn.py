@@ -181,6 +181,18 @@ def test_dueling_values_do_not_change_with_a_constant_added_to_all_advantages():
 Q = torch.tensor([1.0, 3.0, 2.0, 0.0])
 
 
+def test_scaled_observations_have_their_bounds_at_1_and_without_bounds_stay_as_they_are():
+    space = gym.spaces.Box(np.array([-1.2, -0.07, -np.inf, 0, 3], np.float32),
+                           np.array([0.6, 0.07, 5, np.inf, 3], np.float32))
+    scale = dqn.Scale(space)
+    corners = torch.tensor([[-1.2, -0.07, 2, 8, 3], [0.6, 0.07, -9, 0, 4]])
+    expected = torch.tensor([[-1, -1, 2, 8, 3], [1, 1, -9, 0, 4]]).float()
+    torch.testing.assert_close(scale(corners), expected)
+    agent = Agent(space, gym.spaces.Discrete(2), arguments("x", scale_obs=True))
+    assert isinstance(agent.encoder, dqn.Scale)
+    torch.testing.assert_close(agent.q_values(corners), agent.q_network(expected))
+
+
 @pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
 def test_epsilon_greedy_takes_any_action_with_probability_epsilon(level):
     torch.manual_seed(0)
