@@ -32,7 +32,7 @@ ROOT = HERE.parent.parent
 RUNS = ROOT / "runs/benchmark"
 
 Row = collections.namedtuple("Row", "script env steps published seeds flags episodes",
-                             defaults=[5, "", 100])
+                             defaults=[None, 5, "", 100])
 # `published` is the best return that was found for the algorithm at this number of steps.
 ROWS = [
     Row("reinforce", "CartPole-v1", 200_000, 495),
@@ -70,6 +70,13 @@ ROWS = [
     Row("mbrl_mpc", "CartPole-v1", 5_000, 500),
     Row("mbrl_mpc", "Pendulum-v1", 4_000, -160),
 ]
+# What each option of a script is worth: fewer steps than it needs, one change at a time.
+ABLATIONS = {
+    script: [Row(script, "CartPole-v1", steps, flags=option) for option in options]
+    for script, steps, options in [
+        ("reinforce", 100_000, [f"--baseline {name}" for name in ("none", "mean", "value")]),
+        ("dqn", 20_000, ["", "--no-double", "--dueling", "--prioritized", "--n-step 1",
+                         "--exploration boltzmann"])]}
 QUICK = [row for row in ROWS if (row.script, row.env) in {
     ("reinforce", "CartPole-v1"), ("a2c", "CartPole-v1"), ("ppo", "CartPole-v1"),
     ("trpo", "CartPole-v1"), ("dqn", "CartPole-v1"), ("ddpg", "Pendulum-v1"),
@@ -146,8 +153,9 @@ def statistics(returns):
     returns = np.sort(returns)
     cut = len(returns) // 4
     means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(1)
-    return dict(mean=returns.mean(), std=returns.std(ddof=len(returns) > 1), iqm=returns[cut:len(returns) - cut].mean(),
-                worst=returns[0], low=np.percentile(means, 2.5), high=np.percentile(means, 97.5))
+    return dict(mean=returns.mean(), std=returns.std(ddof=len(returns) > 1),
+                iqm=returns[cut:len(returns) - cut].mean(), worst=returns[0],
+                low=np.percentile(means, 2.5), high=np.percentile(means, 97.5))
 
 
 def number(x):
@@ -170,8 +178,27 @@ def table(rows, results=HERE / "results"):
             f"| {script} | {row.env} | {row.steps:,} | {seeds} | "
             f"{number(s['mean'])} ± {number(s['std'])} | {number(s['iqm'])} | "
             f"{number(s['worst'])} | {number(s['low'])} to {number(s['high'])} | "
-            f"{number(row.published)} | {seconds:,.0f} |")
+            f"{number(row.published) if row.published else ''} | {seconds:,.0f} |")
     return "\n".join(lines).replace("| -", "| −").replace("to -", "to −")
+
+
+def ablation(rows, results=HERE / "results"):
+    """The recorded rows of one script, by its options, in Markdown."""
+    lines = ["| option | mean ± std | worst |", "|---|---|---|"]
+    for row in rows:
+        runs = [run[0] for seed in range(1, row.seeds + 1) if (run := read(row, seed, results))]
+        if runs:
+            s = statistics(runs)
+            option = f"`{row.flags}`" if row.flags else "as preset"
+            lines.append(f"| {option} | {number(s['mean'])} ± {number(s['std'])} | "
+                         f"{number(s['worst'])} |")
+    return "\n".join(lines)
+
+
+def tables():
+    """Every table that the README shows between <!-- name --> and <!-- end -->."""
+    return dict(results=table(ROWS)) | {f"ablation of {script}": ablation(rows)
+                                        for script, rows in ABLATIONS.items()}
 
 
 def main():
@@ -187,7 +214,7 @@ def main():
     if args.quick:  # always anew
         results = RUNS / "quick"
         shutil.rmtree(results, ignore_errors=True)
-    rows = [row for row in (QUICK if args.quick else ROWS)
+    rows = [row for row in (QUICK if args.quick else sum(ABLATIONS.values(), ROWS))
             if args.only in f"{row.script} {row.env} {row.flags}"]
     jobs = [(row, seed) for row in rows for seed in range(1, 2 if args.quick else row.seeds + 1)
             if not read(row, seed, results)]
@@ -209,8 +236,10 @@ def main():
         from pictures import draw
         draw()
         path = ROOT / "README.md"
-        text = re.sub(r"(?<=<!-- results -->\n).*?(?=\n<!-- end -->)", lambda _: table(ROWS),
-                      path.read_text(), flags=re.DOTALL)
+        text = path.read_text()
+        for what, lines in tables().items():
+            text = re.sub(f"(?<=<!-- {what} -->\n).*?(?=\n<!-- end -->)", lambda _: lines, text,
+                          flags=re.DOTALL)
         path.write_text(text)
     if failures:
         sys.exit("\n".join(failures))
