@@ -446,12 +446,19 @@ def test_actions_are_clipped_to_the_bounds_of_each_dimension(script, module):
         assert rewards.tolist() == [sum(action) for action in executed]  # so the probe pays
 
 
-def test_atari_rewards_are_raw_and_frames_follow_each_other_where_an_episode_ends(script, module):
+@pytest.mark.parametrize("fast", [True, False])
+def test_atari_rewards_are_raw_and_frames_follow_each_other_where_an_episode_ends(
+        script, module, fast, monkeypatch):
     pytest.importorskip("ale_py")
     if "Discrete" not in module.ACTION_SPACES:
         pytest.skip("Atari has discrete actions")
+    short = dict(max_num_frames_per_episode=360)
+    if fast:  # what is neither filmed nor wrapped
+        make_vec = module.gym.make_vec
+        monkeypatch.setattr(module.gym, "make_vec", lambda *a, **kw: make_vec(*a, **kw, **short))
     obs, next_obs, rewards, _, dones, envs = rollout(
-        module, "ALE/MsPacman-v5", 100, num_envs=2, max_num_frames_per_episode=360)
+        module, "ALE/MsPacman-v5", 100, num_envs=2, **{} if fast else short)
+    assert isinstance(envs.envs, module.Serial) != fast
     assert obs.shape == (100, 2, 4, 84, 84) and obs.dtype == torch.uint8
     assert rewards.max() == 10  # a dot; clipped it would be 1
     assert dones.any() and len(envs.episodes) == dones.sum()
