@@ -91,9 +91,8 @@ PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, num_envs=8, train_every=32, num_updates=64,
                         learning_rate=2e-3, target_every=0, tau=0.01, n_step=3, hidden_size=128),
     "MountainCar-v0": dict(total_timesteps=120_000, train_every=4, num_updates=8,
-                           buffer_size=10_000, learning_rate=4e-3, gamma=0.98, target_every=600,
-                           exploration_end=0.07, exploration_fraction=0.2, n_step=3,
-                           scale_obs=True),
+                           buffer_size=50_000, learning_rate=4e-3, target_every=600, n_step=5,
+                           exploration_end=0.07, exploration_fraction=0.2, scale_obs=True),
     "Acrobot-v1": CONTROL | dict(total_timesteps=100_000),
     "LunarLander-v3": CONTROL | dict(total_timesteps=300_000),
     "ALE/*": dict(total_timesteps=10_000_000, num_envs=8, buffer_size=1_000_000, frame_stack=4,
@@ -494,7 +493,9 @@ def prepare(env):
 
 
 class Serial(gym.vector.SyncVectorEnv):
-    """gymnasium's, with steps in half the time because they gather no infos but `final_obs`."""
+    """gymnasium's, that begins an episode within the step that ended one.
+
+    Its steps gather no infos but `final_obs`, where the episode ended; that halves their time."""
 
     def step(self, actions):
         results, final_obs = [], {}

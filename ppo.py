@@ -430,7 +430,9 @@ def prepare(env):
 
 
 class Serial(gym.vector.SyncVectorEnv):
-    """gymnasium's, with steps in half the time because they gather no infos but `final_obs`."""
+    """gymnasium's, that begins an episode within the step that ended one.
+
+    Its steps gather no infos but `final_obs`, where the episode ended; that halves their time."""
 
     def step(self, actions):
         results, final_obs = [], {}

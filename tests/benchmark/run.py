@@ -239,7 +239,7 @@ def main():
         text = path.read_text()
         for what, lines in tables().items():
             text = re.sub(f"(?<=<!-- {what} -->\n).*?(?=\n<!-- end -->)", lambda _: lines, text,
-                          flags=re.DOTALL)
+                          count=1, flags=re.DOTALL)
         path.write_text(text)
     if failures:
         sys.exit("\n".join(failures))
