@@ -74,8 +74,8 @@ class Args:
 
 
 PRESETS = {  # what is known to work; keys may be patterns
-    "Pendulum-v1": dict(total_timesteps=20_000, learning_starts=500, batch_size=64, gamma=0.98,
-                        hidden_size=64),
+    "Pendulum-v1": dict(total_timesteps=20_000, learning_starts=500, batch_size=128, gamma=0.98,
+                        hidden_size=128),
     "InvertedPendulum-v5": dict(total_timesteps=100_000, learning_starts=1000, batch_size=64,
                                 hidden_size=64)}
 ACTION_SPACES = "Box",
