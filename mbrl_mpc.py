@@ -133,7 +133,7 @@ class Model(nn.Module):
         """(1), standardised: mean and log_var (E, B, obs_size + 1); logit (E, B)."""
         x = self.inputs(torch.cat([obs, actions], -1))
         for n, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, F.silu(x) if n else x, weight)
+            x = torch.baddbmm(bias, F.silu(x, inplace=not x.requires_grad) if n else x, weight)
         outputs = len(self.targets.mean)
         mean, log_var, logit = x.split([outputs, outputs, 1], -1)
         low, high = LOG_VARS
