@@ -469,7 +469,7 @@ class Serial(gym.vector.SyncVectorEnv):
             if termination or truncation:
                 final_obs[i] = np.array(obs)
                 obs, _ = env.reset()
-            results.append((obs, reward, termination, truncation))
+            results.append((obs, float(reward), termination, truncation))
         return *map(np.array, zip(*results)), dict(final_obs=final_obs)
 
 
@@ -499,7 +499,7 @@ class Envs:
                         env = wrapper(env)
                     return env
 
-                envs = Serial([make] * num_envs)
+                envs = Serial([make] * num_envs, autoreset_mode="SameStep")
         self.id, self.device, self.envs, self.episodes = env_id, device, envs, []
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32

@@ -40,7 +40,7 @@ class Probe(gym.Env):
 
 
 class Reusing(Probe):
-    """Writes every observation into the array that it returned before."""
+    """Writes every observation into the array that it returned before, as one may."""
 
     def reset(self, **kwargs):
         obs, info = super().reset(**kwargs)
@@ -79,7 +79,7 @@ FOREVER = dict(length=np.inf)
 
 for name, settings in {
     "Counter": dict(),
-    "Reusing": dict(),
+    "Reusing": dict(reward=np.ones(1)),
     "Terminated": dict(length=1, ends=(True, False), reward=2.0),
     "Truncated": dict(length=1, ends=(False, True), reward=2.0),
     "Both": dict(length=1, ends=(True, True), reward=2.0),

@@ -358,6 +358,7 @@ def probe(module, name):
     return f"probes:{name if 'Discrete' in module.ACTION_SPACES else 'Box' + name}-v0"
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array")  # a reward of shape (1,)
 @pytest.mark.parametrize("name", ["Counter", "Reusing"])
 def test_next_obs_follows_obs_even_where_an_episode_ends(script, module, name):
     env = probe(module, name)
