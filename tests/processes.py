@@ -44,16 +44,20 @@ def die():
 
 
 def die_in_step(call):
-    """Die in the call-th step of an environment with a time limit."""
+    """Die in the call-th step of the vector environment that the script makes its own of."""
     import gymnasium as gym
 
-    step, calls = gym.wrappers.TimeLimit.step, []
+    class Mortal(gym.vector.SyncVectorEnv):
+        def __init_subclass__(cls):
+            step, calls = cls.step, []
 
-    def mortal(self, actions):
-        calls.append(1)
-        return die() if len(calls) == call else step(self, actions)
+            def mortal(self, actions):
+                calls.append(1)
+                return die() if len(calls) == call else step(self, actions)
 
-    gym.wrappers.TimeLimit.step = mortal
+            cls.step = mortal
+
+    gym.vector.SyncVectorEnv = Mortal
 
 
 def die_in_save(call):
