@@ -11,21 +11,25 @@ differ, so a plan is judged by the mean return of particles that follow several 
 (2)  loss = E[counts * (((delta - mean)^2 / exp(log_var) + log_var) / 2 - log P(termination))]
 (3)  next_obs = obs + mean_e + exp(log_var_e / 2) * noise, with e drawn anew at every step (ts1)
                 or once for each particle (tsinf); or obs + the mean of all mean_e (mean)
-(4)  return of a plan = sum over t of discounts[t] * (alive[t] * rewards[t] + after[t])
+(4)  return of a plan = sum over t of gamma^t * (alive[t] * rewards[t] + after[t])
                 alive[t + 1] = alive[t] * (1 - ends[t])
                 after[t + 1] = after[t] + alive[t] * ends[t] * min(rewards[t], 0)
 (5)  mean, std = those of the elites, the best of the plans drawn from Normal(mean, std)
+(6)  value_loss = E[(V(obs) - rewards - gamma * (1 - terminations) * target_V(next_obs))^2];
+     if terminal_value, gamma^horizon * alive[horizon] * V(obs[horizon]) is a part of (4)
 
     repeat
         for num_steps steps of each environment
             in each of `rounds` rounds imagine `population` plans (3, 4) and fit the best (5)
             execute the first action of the mean; the others begin the next plan
-        refit the statistics to all transitions and take num_updates Adam steps on the loss (2)
+        refit the statistics to all transitions and take num_updates Adam steps on (2) and (6)
 
 The lecture's versions: 0.5 plans with a model of random data (--learning-starts of nearly all
 steps), 1.0 adds the data of its plans but follows each for long (--replan-every 25), 1.5 replans at
 every step, and an ensemble makes it PETS (Chua et al. 2018, arXiv:1805.12114). --planner random
 takes the best of as many random plans. All plans share one noise (3), so that luck favours none.
+Where all plans last as long, as on CartPole, only V tells what the end of one is worth (Lowrey et
+al. 2019, arXiv:1811.01848); like the rest it learns from all data, whichever plans they are of.
 An imagined end, unlike a real one, does not end costs: (4) repeats a negative last reward, or plans
 would flee into whatever the model takes for an end. Example: --env Pendulum-v1
 """
@@ -73,6 +77,8 @@ class Args:
     population: int = arg(200, "plans in a round", 1)
     elites: int = arg(20, "best plans of a round, which the next round resembles", 1)
     rounds: int = arg(3, "rounds of cem", 1)
+    terminal_value: bool = arg(False, "add the value of where a plan leads to its return (6)")
+    tau: float = arg(0.1, "how far the target of V moves to V at each update", 0, 1)
     sigma: float = arg(0.5, "first deviation of the planned actions, as a part of their bounds", 0)
     correlation: float = arg(0.7, "that of the deviations of successive actions", 0, 0.99)
 
@@ -85,9 +91,9 @@ class Args:
 
 SMALL = dict(num_steps=50, num_updates=200, learning_rate=5e-3, ensemble_size=3, num_particles=3,
              hidden_size=64, rounds=2)
-PRESETS = {  # what is known to work (on CartPole not yet enough); keys may be patterns
-    "CartPole-v1": SMALL | dict(total_timesteps=5000, num_envs=5, learning_starts=500,
-                                population=40, elites=5, correlation=0.0),
+PRESETS = {  # what is known to work; keys may be patterns
+    "CartPole-v1": SMALL | dict(total_timesteps=5000, num_envs=5, learning_starts=500, horizon=15,
+                                population=40, elites=5, correlation=0.0, terminal_value=True),
     "Pendulum-v1": SMALL | dict(total_timesteps=4000, num_envs=4, learning_starts=400, horizon=20,
                                 population=75, elites=7, sigma=1.0)}
 ACTION_SPACES = "Discrete", "Box"
@@ -118,7 +124,7 @@ class Norm(nn.Module):
 
 
 class Model(nn.Module):
-    """The ensemble: each of its E members has its own rows of (E, B, ...)."""
+    """The ensemble, each of whose E members has its own rows of (E, B, ...), and the critic V."""
 
     def __init__(self, obs_size, action_size, args):
         super().__init__()
@@ -128,6 +134,10 @@ class Model(nn.Module):
         self.weights = nn.ParameterList(
             torch.randn(args.ensemble_size, n, m) / math.sqrt(n) for n, m in zip(sizes, sizes[1:]))
         self.biases = nn.ParameterList(torch.zeros(args.ensemble_size, 1, m) for m in sizes[1:])
+        self.critic = nn.Sequential(
+            Norm(obs_size), nn.Linear(obs_size, args.hidden_size), nn.SiLU(),
+            nn.Linear(args.hidden_size, args.hidden_size), nn.SiLU(),
+            nn.Linear(args.hidden_size, 1), nn.Flatten(-2)) if args.terminal_value else None
 
     def forward(self, obs, actions):
         """(1), standardised: mean and log_var (E, B, obs_size + 1); logit (E, B)."""
@@ -143,6 +153,8 @@ class Model(nn.Module):
         """Fit the statistics to all transitions (B, ...)."""
         self.inputs.fit(torch.cat([obs, actions], -1))
         self.targets.fit(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
+        if self.critic:
+            self.critic[0].fit(obs)
 
     def loss(self, obs, actions, next_obs, rewards, terminations, beta=0):
         """The loss (2) of each transition (E, B); with beta 1 squares weigh the same everywhere."""
@@ -195,8 +207,9 @@ class Agent(nn.Module):
             bounded = (high - low).isfinite()
             center = torch.where(bounded, (low + high) / 2, 0.0)
             scale = torch.where(bounded, (high - low) / 2, 1.0)
-        times = torch.arange(args.horizon, dtype=torch.float32)
-        chol = torch.linalg.cholesky(args.correlation ** (times - times.unsqueeze(1)).abs())
+        times = torch.arange(args.horizon + 1, dtype=torch.float32)
+        apart = (times[1:] - times[1:].unsqueeze(1)).abs()
+        chol = torch.linalg.cholesky(args.correlation ** apart)
         for name, x in dict(low=low, high=high, center=center, scale=scale, smooth=chol,
                             discounts=args.gamma ** times.view(-1, 1, 1)).items():
             self.register_buffer(name, x.clone(), persistent=False)
@@ -230,7 +243,9 @@ class Agent(nn.Module):
         return draws, noise, orders
 
     def imagine(self, obs, plans, discounts, noise, orders):
-        """The returns (N, K), means over particles, of plans (N, K, H, A) from obs."""
+        """The returns (4) of plans (N, K, H, A) from obs, means over particles (N, K).
+
+        Of the discounts, each (..., N * K), the one after the plan's H is that of V (6)."""
         actions = plans.flatten(0, 1).transpose(0, 1)  # (H, N * K, A)
         obs = obs.repeat_interleave(plans.shape[1], 0).expand(self.args.num_particles, -1, -1)
         rewards, ends = [], []
@@ -240,7 +255,12 @@ class Agent(nn.Module):
             rewards.append(self.reward(*known) if self.reward else reward)
             ends.append(self.termination(*known).float() if self.termination else end)
             obs = next_obs
-        returns = plan_returns(torch.stack(rewards), torch.stack(ends), discounts)
+        ends = torch.stack(ends)
+        returns = plan_returns(torch.stack(rewards), ends, discounts)
+        if self.args.terminal_value:  # an imagined end does not end the costs to come, either
+            alive, values = (1 - ends).prod(0), self.model.critic(obs)
+            values = alive * values + (1 - alive) * values.clamp(max=0)
+            returns = returns + discounts[plans.shape[2]] * values                          # (6)
         return returns.mean(0).view(plans.shape[:2])
 
     def plan(self, obs, mean, draws, *luck):
@@ -343,26 +363,34 @@ def train(args, resume="", reward=None, termination=None):
                         f"{args.total_timesteps:,} total_timesteps")
     device = setup(args)
     envs = Envs(args.env, args.num_envs, device)
-    agent = Agent(envs.obs_space, envs.action_space, args).to(device)
+    agent, target = (Agent(envs.obs_space, envs.action_space, args).to(device) for _ in range(2))
     agent.reward, agent.termination, model = reward, termination, agent.model
-    weights = flatten(agent)
+    weights, target_weights = flatten(agent), flatten(target)
+    target_weights.copy_(weights)
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam([weights], learning_rate, fused=True,
                                  capturable=device.type == "cuda")
     data = Data()  # of several processes a checkpoint keeps the first one's, for all to resume with
-    run = Run(args, envs, resume, agent=agent, optimizer=optimizer, data=data)
+    run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, data=data)
 
     def update(obs, actions, next_obs, rewards, terminations, counts):
-        """Take one Adam step on a batch (B, ...) for each of E members; return the loss."""
+        """Take one Adam step on a batch (B, ...) for each of E members; return the losses."""
         # Weighed by 1 / variance, what is predicted well leaves the rest no gradient: hence beta
         # (Seitzer et al. 2022, arXiv:2203.09168).
         losses = model.loss(obs, actions, next_obs, rewards, terminations, beta=1)
         loss = (counts * losses).mean(1).sum()                                              # (2)
+        value_loss = torch.zeros_like(loss)
+        if args.terminal_value:
+            with torch.no_grad():
+                next_values = target.model.critic(next_obs)
+                targets = rewards + args.gamma * (1 - terminations) * next_values
+            value_loss = F.mse_loss(model.critic(obs), targets)                             # (6)
         weights.grad.zero_()
-        loss.backward()
+        (loss + value_loss).backward()
         average(weights.grad)
         optimizer.step()
-        return loss.detach() / args.ensemble_size
+        target_weights.lerp_(weights, args.tau)
+        return torch.stack([loss / args.ensemble_size, value_loss]).detach()
 
     @torch.inference_mode()
     def judge(plans, obs, actions, next_obs, rewards, terminations, dones):
@@ -372,8 +400,9 @@ def train(args, resume="", reward=None, termination=None):
                  for x in (obs, actions, next_obs, rewards, terminations))
         # After a truncation nobody knows what would have followed; there both sums stop.
         known = F.pad((1 - dones * (1 - terminations)).cumprod(0), (0, 0, 1, 0), value=1)
-        discounts = agent.discounts[:len(obs), 0] * known[:args.horizon][:len(obs)]
-        predicted = agent.imagine(obs[0], plans[0, :, None, :len(obs)], discounts[:, None],
+        steps = min(args.horizon, len(obs))
+        discounts = F.pad(agent.discounts[:steps, 0] * known[:steps], (0, 0, 0, 1))  # without V
+        predicted = agent.imagine(obs[0], plans[0, :, None, :steps], discounts[:, None],
                                   *agent.luck()[1:])
         realised = plan_returns(rewards, terminations, discounts)
         return model.loss(*batch).mean(), predicted.mean(), realised.mean()
@@ -396,14 +425,14 @@ def train(args, resume="", reward=None, termination=None):
             continue
         if plans:
             validation_loss, predicted, realised = judge(*rollout)
-        model.fit(*data.data[:4])
+        model.fit(*data.data[:4]), target.model.fit(*data.data[:4])
         for k in range(args.num_updates):
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - k / args.num_updates))
             *batch, counts = data.sample(args.ensemble_size, args.batch_size)
-            model_loss = update(*batch, counts.diagonal(dim1=0, dim2=2).T)
+            model_loss, value_loss = update(*batch, counts.diagonal(dim1=0, dim2=2).T)
             run.progress()
         if plans:
-            run.log(model_loss=model_loss, validation_loss=validation_loss,
+            run.log(model_loss=model_loss, value_loss=value_loss, validation_loss=validation_loss,
                     predicted_return=predicted, realised_return=realised)
     run.finish()
     return agent, run.history

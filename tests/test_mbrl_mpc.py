@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from benchmark.planning import Pendulum
-from conftest import small
+from conftest import same, small
 
 import mbrl_mpc
 from mbrl_mpc import Agent, Args, Model, Norm, UserError, cem, plan_returns
@@ -214,6 +214,20 @@ def test_an_end_is_avoided_where_steps_pay_and_sought_where_it_stops_costs_for_f
             obs, reward + (last - reward) * actions[..., 0], actions[..., 0]), horizon=10,
             population=64, elites=8, rounds=6)
         assert best_plan(agent, torch.zeros(1, 1)).argmax(-1)[0, 0] == wanted
+
+
+def test_the_value_of_where_a_plan_leads_is_a_part_of_its_return_and_of_no_shorter_one():
+    """V is obs here, which the actions add up to; a plan ends with chance 1/4 at each step."""
+    agent = make_agent(step=lambda obs, actions: (
+        obs + actions, torch.ones_like(obs[..., 0]), 0.25 * torch.ones_like(obs[..., 0])),
+        terminal_value=True, horizon=3, gamma=0.9)
+    agent.model.critic = torch.nn.Flatten(-2)
+    plans = torch.tensor([[2.0, 2, 2], [-2, -2, -2]]).view(1, 2, 3, 1)
+    steps, luck = 1 + 0.9 * 0.75 + (0.9 * 0.75) ** 2, agent.luck()[1:]
+    got = agent.imagine(torch.ones(1, 1), plans, agent.discounts, *luck)
+    # The value 7 counts where the plan has not ended, the cost -5 everywhere.
+    assert got.tolist() == [pytest.approx([steps + (0.9 * 0.75) ** 3 * 7, steps - 0.9 ** 3 * 5])]
+    assert best_plan(agent, torch.zeros(1, 1)).sum() > 2
 
 
 def test_a_plan_that_leads_to_nan_is_avoided_although_all_others_cost():
@@ -519,6 +533,37 @@ def test_the_step_size_falls_to_0_in_each_round(monkeypatch):
 # What is known of an environment, and what is logged.
 
 
+@pytest.mark.parametrize("env, length, ends", [("Counter", 5, True), ("Truncated3", 3, False)])
+def test_the_critic_learns_what_follows_after_a_truncation_but_not_after_an_end(env, length, ends):
+    agent, history = train(f"probes:{env}-v0", total_timesteps=512, num_updates=100, gamma=0.8,
+                           learning_rate=1e-2, terminal_value=True)
+    values = agent.model.critic(torch.arange(length).float().unsqueeze(-1)).tolist()
+    if ends:
+        expected = [sum(0.8 ** k for k in range(length - t)) for t in range(length)]
+        assert values == pytest.approx(expected, rel=0.1)
+    else:  # the last observation leads nowhere, so that V is anything there, but consistent
+        last = agent.model.critic(torch.tensor([[float(length)]])).item()
+        expected = [sum(0.8 ** k for k in range(length - t)) + 0.8 ** (length - t) * last
+                    for t in range(length)]
+        assert values == pytest.approx(expected, abs=0.3)
+    assert history[-1]["value_loss"] < 0.1
+
+
+def test_the_targets_of_the_critic_come_from_a_copy_that_follows_by_tau(tmp_path):
+    for tau, learning_rate in ((0, 0), (0, 1e-2), (1, 1e-2)):
+        folder = tmp_path / f"{tau}-{learning_rate}"
+        agent, _ = train("probes:Truncated-v0", terminal_value=True, num_updates=60, gamma=0.9,
+                         learning_rate=learning_rate, tau=tau, run_dir=str(folder))
+        target = make_agent(1, gym.spaces.Discrete(2), terminal_value=True)
+        target.load_state_dict(torch.load(folder / "checkpoint.pt")["target"])
+        critic, copy = agent.model.critic, target.model.critic
+        assert same(critic.state_dict(), copy.state_dict()) == (tau == 1 or learning_rate == 0)
+        assert critic[0].std.item() == 0  # as all obs are 0
+        if learning_rate:
+            first, last = torch.zeros(1, 1), torch.ones(1, 1)
+            assert critic(first).item() == pytest.approx(2 + 0.9 * copy(last).item(), abs=0.1)
+
+
 def test_known_rewards_and_terminations_are_used():
     seen = []
 
@@ -546,11 +591,12 @@ def test_the_random_policy_of_the_beginning_is_even():
     assert torch.allclose(actions.bincount() / 3000, torch.full((3,), 1 / 3), atol=0.05)
 
 
-@pytest.mark.parametrize("horizon", [1, 6, 20])
+@pytest.mark.parametrize("horizon, terminal_value", [(1, False), (6, False), (6, True), (20, True)])
 @pytest.mark.parametrize("env, length, ends", [("Counter", 5, True), ("Truncated3", 3, False)])
 def test_predicted_returns_are_compared_with_what_the_same_steps_brought(
-        env, length, ends, horizon):
+        env, length, ends, horizon, terminal_value):
     _, history = train(f"probes:{env}-v0", total_timesteps=128, horizon=horizon, gamma=0.9,
+                       terminal_value=terminal_value,
                        reward=lambda obs, actions, next_obs: torch.ones_like(obs[..., 0]),
                        termination=lambda obs, actions, next_obs: torch.zeros_like(obs[..., 0]))
     steps = min(horizon, length - 16 % length)  # of the first plan, which the 17th step begins
@@ -566,7 +612,8 @@ def test_the_validation_loss_is_that_of_data_not_yet_learnt(spy):
     losses, fits = spy(Model, "loss"), spy(Model, "fit")
     _, history = train("Pendulum-v1", total_timesteps=192, num_updates=3)
     validations = [call for call in losses if "beta" not in call]
-    assert len(validations) == len(history) == 2 and len(fits) == 3 and len(losses) == 2 + 9
+    assert len(validations) == len(history) == 2 and len(losses) == 2 + 9
+    assert len(fits) == 2 * 3  # the target's statistics are the same
     assert history[0]["validation_loss"] == pytest.approx(validations[0]["out"].mean().item())
     assert "beta" not in losses[3] and losses[3]["obs"].shape == (2, 64, 3)
     learnt = fits[0]["obs"]

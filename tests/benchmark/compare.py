@@ -3,7 +3,8 @@
     python tests/benchmark/compare.py --peer-python PATH_TO_A_PYTHON_THAT_HAS_THEM
 
 Steps per second are counted over the last three quarters of a run, so that neither side pays for
-imports or has yet to begin to learn. `--only WORD` takes the settings whose name contains the word; `--solve` measures
+imports or has yet to begin to learn, and the median of all pairs is reported, as other programs may
+disturb one. `--only WORD` takes the settings whose name contains the word; `--solve` measures
 seconds of training to a policy that solves the task instead, the peer with the settings that
 rl-baselines3-zoo tuned for it. Results go to results/speed.csv and results/solve.csv."""
 import argparse
@@ -170,17 +171,18 @@ def speed(peer, only, pairs):
     for name, (script, env, num_envs, steps, ours, peer_name, theirs) in SPEED.items():
         if only not in name:
             continue
-        ratios = []
+        measured = []
         for pair in range(pairs):
             (a,) = run(sys.executable, OURS, script, env, num_envs, steps, ours)
             (b,) = run(peer, PEER, env, num_envs, steps, peer_name, theirs, 1, 0)
-            ratios.append(a / b)
+            measured.append((a, b, a / b))
             print(f"{name}: {a:,.0f} against {b:,.0f} steps/s, {a / b:.2f} times", flush=True)
         (bare,) = run(sys.executable, BARE, env, num_envs)
-        print(f"{name}: {np.mean(ratios):.2f} times, {min(ratios):.2f} to {max(ratios):.2f}; "
+        (a, b, ratio), ratios = np.median(measured, 0), [x[-1] for x in measured]
+        print(f"{name}: {ratio:.2f} times, {min(ratios):.2f} to {max(ratios):.2f}; "
               f"environments alone {bare:,.0f} steps/s", flush=True)
-        yield dict(name=name, peer=peer_name, ratio=np.mean(ratios), low=min(ratios),
-                   high=max(ratios), pairs=pairs, ours=a, theirs=b, environments_alone=bare)
+        yield dict(name=name, peer=peer_name, ratio=ratio, low=min(ratios), high=max(ratios),
+                   pairs=pairs, ours=a, theirs=b, environments_alone=bare)
 
 
 def solve(peer, only, seeds):
