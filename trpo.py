@@ -82,7 +82,7 @@ class Args:
         check(self)
 
 
-MUJOCO = dict(cg_iters=25, update_epochs=20, anneal=False)
+MUJOCO = dict(num_steps=128, num_minibatches=8, cg_iters=25, update_epochs=20, anneal=False)
 PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=60_000, num_envs=4, num_minibatches=4, update_epochs=20,
                         cg_damping=1e-3, gae_lambda=0.98, norm_obs=False),
