@@ -40,21 +40,6 @@ def test_what_it_shares_with_ppo_is_the_same_text(name):
 # Advantages and returns.
 
 
-@pytest.mark.parametrize("env, goes_on", [
-    ("probes:Truncated-v0", 1), ("probes:Terminated-v0", 0), ("probes:Both-v0", 0)])
-def test_a_truncation_bootstraps_from_the_true_last_observation_a_termination_does_not(
-        env, goes_on, spy):
-    calls = spy(a2c, "compute_gae")
-    agent, _ = train(env, learning_rate=0, total_timesteps=64)  # V stays what it was
-    start, end = agent.value(torch.tensor([[0.0], [1.0]])).tolist()
-    assert abs(start - end) > 1e-3  # else the reset observation would pass for the last one
-    for call in calls:
-        advantages, returns = call["out"]
-        expected = 2 + goes_on * 0.99 * end
-        assert torch.allclose(returns, torch.full_like(returns, expected), atol=1e-5)
-        assert torch.allclose(advantages, torch.full_like(returns, expected - start), atol=1e-5)
-
-
 def test_by_default_returns_are_the_rewards_of_up_to_n_steps_and_the_value_of_what_follows(spy):
     calls = spy(a2c, "compute_gae")
     agent, _ = train("probes:Truncated3-v0", learning_rate=0, total_timesteps=64, num_steps=7,
@@ -251,21 +236,6 @@ def test_statistics_change_only_after_the_step_that_uses_them(spy):
     assert not torch.allclose(calls[0]["out"][2], agent.value(calls[0]["obs"]), atol=1e-3)
 
 
-def test_the_critic_sees_scaled_rewards_while_the_history_keeps_raw_ones(spy):
-    calls = spy(a2c, "compute_gae")
-    agent, history = train("probes:Constant-v0", norm_returns=True, total_timesteps=320)
-    rows = [row for row in history if not math.isnan(row["episode_return"])]
-    assert {row["episode_return"] for row in rows} == {50.0}
-    assert {row["episode_length"] for row in rows} == {5.0}
-    assert a2c.evaluate(agent, Args(env="probes:Constant-v0"), 7).tolist() == [50.0] * 7
-    raw, scale = [], 1.0  # the deviation of all returns until now, in the units of the rewards
-    for call in calls:
-        assert torch.allclose(call["rewards"], torch.tensor(10 / scale), rtol=1e-3)
-        raw.append(call["out"][1] * scale)
-        scale = torch.cat(raw).std(correction=0).item()
-    assert len(calls) == 20 and scale > 5
-
-
 def test_the_logged_explained_variance_compares_values_with_returns(spy):
     gae = spy(a2c, "compute_gae")
     _, history = train("Pendulum-v1", total_timesteps=64)
@@ -289,15 +259,6 @@ def test_continuous_actions_move_to_the_best_one():
     agent, _ = train("probes:Target-v0", total_timesteps=8192, learning_rate=3e-3,
                      norm_returns=True, anneal=True)
     assert torch.allclose(agent.act(torch.zeros(1, 1), True), torch.ones(1, 2), atol=0.35)
-
-
-def test_the_entropy_bonus_keeps_a_policy_undecided():
-    settings = dict(total_timesteps=2048, learning_rate=3e-3)
-    decided, _ = train("probes:Arms-v0", **settings)
-    undecided, _ = train("probes:Arms-v0", ent_coef=10.0, **settings)
-    start, arms = torch.zeros(2, 1), torch.arange(2)
-    assert undecided.evaluate(start, arms)[1][0] > 0.99 * math.log(2)
-    assert decided.evaluate(start, arms)[1][0] < 0.9 * math.log(2)
 
 
 def test_one_environment_and_one_step_are_a_batch_too():

@@ -57,32 +57,6 @@ def test_what_it_shares_with_ppo_is_the_same_text(name):
     assert inspect.getsource(getattr(trpo, name)) == inspect.getsource(getattr(ppo, name))
 
 
-@pytest.mark.parametrize("env, goes_on", [
-    ("probes:Truncated-v0", 1), ("probes:Terminated-v0", 0), ("probes:Both-v0", 0)])
-def test_a_truncation_bootstraps_from_the_true_last_observation_a_termination_does_not(
-        env, goes_on, spy):
-    calls = spy(trpo, "compute_gae")
-    agent, _ = train(env, learning_rate=0, total_timesteps=64)  # V stays what it was
-    start, end = agent.value(torch.tensor([[0.0], [1.0]])).tolist()
-    assert abs(start - end) > 1e-3  # else the reset observation would pass for the last one
-    advantages, returns = calls[0]["out"]
-    expected = 2 + goes_on * 0.99 * end
-    assert torch.allclose(returns, torch.full_like(returns, expected), atol=1e-5)
-    assert torch.allclose(advantages, torch.full_like(returns, expected - start), atol=1e-5)
-
-
-def test_the_critic_sees_scaled_rewards_while_the_history_keeps_raw_ones(spy):
-    calls = spy(trpo, "compute_gae")
-    _, history = train("probes:Constant-v0", norm_returns=True, total_timesteps=320)
-    assert {row["episode_return"] for row in history} == {50.0}
-    raw, scale = [], 1.0  # the deviation of all returns until now, in the units of the rewards
-    for call in calls:
-        assert torch.allclose(call["rewards"], torch.tensor(10 / scale))
-        raw.append(call["out"][1] * scale)
-        scale = torch.cat(raw).std(correction=0).item()
-    assert len(calls) == 5 and scale > 5
-
-
 def test_observations_are_standardised_only_after_the_updates(spy):
     calls = spy(Agent, "kl")
     agent, _ = train("probes:Counter-v0", norm_obs=True, total_timesteps=320, learning_rate=0,

@@ -1,0 +1,85 @@
+"""What the policy-gradient scripts have in common, seen in the training loop of each."""
+import dataclasses
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import small
+
+import a2c
+import ppo
+import reinforce
+import trpo
+
+COUNT = gym.spaces.Box(0, np.inf, (1,), np.float32)
+PLAIN = dict(norm_obs=False, norm_returns=False, anneal=False)
+EXTRA = {ppo: dict(norm_advantages=False), reinforce: dict(max_episode_steps=0)}
+
+
+def train(module, env, **changes):
+    """A short run without presets, statistics or schedules, all of which would hide the numbers."""
+    defaults = {field.name: field.default for field in dataclasses.fields(module.Args)}
+    settings = small(module.__name__, **PLAIN | EXTRA.get(module, {}))
+    return module.train(module.Args(**defaults | settings | dict(env=env) | changes))
+
+
+@pytest.mark.parametrize("module", [a2c, ppo, trpo])
+@pytest.mark.parametrize("env, goes_on", [
+    ("probes:Truncated-v0", 1), ("probes:Terminated-v0", 0), ("probes:Both-v0", 0)])
+def test_a_truncation_bootstraps_from_the_true_last_observation_a_termination_does_not(
+        module, env, goes_on, spy):
+    calls = spy(module, "compute_gae")
+    agent, _ = train(module, env, learning_rate=0, total_timesteps=64)  # V stays what it was
+    start, end = agent.value(torch.tensor([[0.0], [1.0]])).tolist()
+    assert abs(start - end) > 1e-3  # else the reset observation would pass for the last one
+    assert calls
+    for call in calls:
+        advantages, returns = call["out"]
+        expected = 2 + goes_on * 0.99 * end
+        assert torch.allclose(returns, torch.full_like(returns, expected), atol=1e-5)
+        assert torch.allclose(advantages, torch.full_like(returns, expected - start), atol=1e-5)
+
+
+@pytest.mark.parametrize("module, batches", [(reinforce, 16), (a2c, 20), (ppo, 5), (trpo, 5)])
+def test_the_critic_sees_scaled_rewards_while_the_history_keeps_raw_ones(module, batches, spy):
+    calls = spy(module, "compute_returns" if module is reinforce else "compute_gae")
+    agent, history = train(module, "probes:Constant-v0", norm_returns=True, total_timesteps=320)
+    rows = [row for row in history if not math.isnan(row["episode_return"])]
+    assert {row["episode_return"] for row in rows} == {50.0}
+    assert {row["episode_length"] for row in rows} == {5.0}
+    args = module.Args(env="probes:Constant-v0")
+    assert module.evaluate(agent, args, 7).tolist() == [50.0] * 7
+    raw, scale = [], 1.0  # the deviation of all returns until now, in the units of the rewards
+    for call in calls:
+        rtol = 1e-5 if module in (ppo, trpo) else 1e-3
+        assert torch.allclose(call["rewards"], torch.tensor(10 / scale), rtol=rtol)
+        raw.append((call["out"] if module is reinforce else call["out"][1]) * scale)
+        scale = torch.cat(raw).std(correction=0).item()
+    assert len(calls) == batches and scale > 5
+
+
+@pytest.mark.parametrize("module", [reinforce, a2c, ppo, trpo])
+def test_observations_are_standardised_and_the_statistics_travel_in_the_state_dict(module):
+    agent, _ = train(module, "probes:Counter-v0", norm_obs=True, total_timesteps=640)
+    state = agent.state_dict()
+    near = 1e-4 if module is reinforce else 0.1  # whole episodes, which act on 0 to 4, or parts
+    assert state["encoder.mean"].item() == pytest.approx(2, rel=near)
+    assert state["encoder.std"].item() == pytest.approx(2**0.5, rel=near)
+    args = module.Args(norm_obs=True, hidden_size=16)
+    fresh = module.Agent(COUNT, gym.spaces.Discrete(2), args)
+    obs = torch.arange(5.0).unsqueeze(-1)
+    assert not torch.allclose(fresh.value(obs), agent.value(obs), atol=1e-3)
+    fresh.load_state_dict(state)
+    assert torch.allclose(fresh.value(obs), agent.value(obs), atol=1e-6)
+
+
+@pytest.mark.parametrize("module", [a2c, ppo])
+def test_the_entropy_bonus_keeps_a_policy_undecided(module):
+    settings = dict(total_timesteps=2048, learning_rate=3e-3)
+    decided, _ = train(module, "probes:Arms-v0", **settings)
+    undecided, _ = train(module, "probes:Arms-v0", ent_coef=10.0, **settings)
+    start, arms = torch.zeros(2, 1), torch.arange(2)
+    assert undecided.evaluate(start, arms)[1][0] > 0.99 * math.log(2)
+    assert decided.evaluate(start, arms)[1][0] < 0.9 * math.log(2)
