@@ -3,7 +3,6 @@ import dataclasses
 import inspect
 import math
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
