@@ -28,7 +28,7 @@ The lecture's versions: 0.5 plans with a model of random data (--learning-starts
 steps), 1.0 adds the data of its plans but follows each for long (--replan-every 25), 1.5 replans at
 every step, and an ensemble makes it PETS (Chua et al. 2018, arXiv:1805.12114). --planner random
 takes the best of as many random plans. All plans share one noise (3), so that luck favours none.
-Where all plans last as long, as on CartPole, only V tells what the end of one is worth (Lowrey et
+Where plans last equally long, as on CartPole, only V tells what the end of one is worth (Lowrey et
 al. 2019, arXiv:1811.01848); like the rest it learns from all data, whichever plans they are of.
 An imagined end, unlike a real one, does not end costs: (4) repeats a negative last reward, or plans
 would flee into whatever the model takes for an end. Example: --env Pendulum-v1
