@@ -24,7 +24,7 @@ def label(row):
 
 def curves(row, read):
     """Mean and deviation over seeds of the return, at common steps, or None."""
-    runs = [run[2] for seed in range(1, row.seeds + 1) if (run := read(row, seed))]
+    runs = [run[2] for seed in row.seeds if (run := read(row, seed))]
     runs = [run[np.isfinite(run[:, 2])] for run in runs]
     runs = [run for run in runs if len(run) > 1]
     if not runs:

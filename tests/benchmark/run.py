@@ -33,32 +33,33 @@ ROOT = HERE.parent.parent
 RUNS = ROOT / "runs/benchmark"
 
 Row = collections.namedtuple("Row", "script env steps published seeds flags episodes",
-                             defaults=[None, 5, "", 100])
+                             defaults=[None, range(1, 6), "", 100])
+THREE = range(1, 4)
 # `published` is the best return that was found for the algorithm at this number of steps.
 ROWS = [
     Row("reinforce", "CartPole-v1", 200_000, 495),
     Row("reinforce", "InvertedPendulum-v5", 600_000, 999),
-    Row("reinforce", "HalfCheetah-v5", 3_000_000, 884, seeds=3),
+    Row("reinforce", "HalfCheetah-v5", 3_000_000, 884, seeds=THREE),
     Row("a2c", "CartPole-v1", 200_000, 497),
     Row("a2c", "Acrobot-v1", 300_000, -84.0),
-    Row("a2c", "InvertedDoublePendulum-v5", 1_000_000, 9258, seeds=3),
-    Row("a2c", "HalfCheetah-v5", 1_000_000, 1830, seeds=3),
+    Row("a2c", "InvertedDoublePendulum-v5", 1_000_000, 9258, seeds=THREE),
+    Row("a2c", "HalfCheetah-v5", 1_000_000, 1830, seeds=THREE),
     Row("ppo", "CartPole-v1", 100_000, 500),
     Row("ppo", "Acrobot-v1", 300_000, -81.3),
     Row("ppo", "Pendulum-v1", 100_000, -172, episodes=500),
-    Row("ppo", "LunarLander-v3", 1_000_000, 242, seeds=3),
-    Row("ppo", "Hopper-v5", 1_000_000, 2609, seeds=3),
-    Row("ppo", "HalfCheetah-v5", 1_000_000, 5784, seeds=3),
-    Row("ppo", "MountainCar-v0", 1_000_000, -110, seeds=3),
+    Row("ppo", "LunarLander-v3", 1_000_000, 242, seeds=THREE),
+    Row("ppo", "Hopper-v5", 1_000_000, 2609, seeds=THREE),
+    Row("ppo", "HalfCheetah-v5", 1_000_000, 5784, seeds=THREE),
+    Row("ppo", "MountainCar-v0", 1_000_000, -110, seeds=THREE),
     Row("trpo", "CartPole-v1", 100_000, 500),
     Row("trpo", "Hopper-v5", 1_000_000, 3372),
-    Row("trpo", "HalfCheetah-v5", 1_000_000, 4471, seeds=3),
-    Row("trpo", "Walker2d-v5", 1_000_000, 4502, seeds=3),
-    Row("trpo", "Swimmer-v5", 1_000_000, 359, seeds=3),
+    Row("trpo", "HalfCheetah-v5", 1_000_000, 4471, seeds=THREE),
+    Row("trpo", "Walker2d-v5", 1_000_000, 4502, seeds=THREE),
+    Row("trpo", "Swimmer-v5", 1_000_000, 359, seeds=THREE),
     Row("dqn", "CartPole-v1", 50_000, 500),
     Row("dqn", "MountainCar-v0", 120_000, -100.8),
     Row("dqn", "Acrobot-v1", 100_000, -76.6),
-    Row("dqn", "LunarLander-v3", 300_000, 195, seeds=3),
+    Row("dqn", "LunarLander-v3", 300_000, 195, seeds=THREE),
     Row("ddpg", "Pendulum-v1", 20_000, -152, episodes=500),
     Row("ddpg", "HalfCheetah-v5", 100_000, 4339),
     Row("naf", "Pendulum-v1", 20_000, -152, episodes=500),
@@ -66,11 +67,16 @@ ROWS = [
     Row("cem_es", "CartPole-v1", 50_000, 500, flags="--method cem"),
     Row("cem_es", "CartPole-v1", 50_000, 500, flags="--method es"),
     Row("cem_es", "InvertedPendulum-v5", 100_000, 1000, flags="--method es"),
-    Row("cem_es", "HalfCheetah-v5", 1_000_000, 2894, seeds=3, flags="--method cem"),
-    Row("cem_es", "Swimmer-v5", 360_000, 355, seeds=3, flags="--method es"),
+    Row("cem_es", "HalfCheetah-v5", 1_000_000, 2894, seeds=THREE, flags="--method cem"),
+    Row("cem_es", "Swimmer-v5", 360_000, 355, seeds=THREE, flags="--method es"),
     Row("mbrl_mpc", "CartPole-v1", 5_000, 500),
     Row("mbrl_mpc", "Pendulum-v1", 4_000, -160),
 ]
+# Rows whose settings were mended after a look at their own seeds, on seeds that nobody had seen.
+FRESH = [row._replace(seeds=range(6, 11)) for row in ROWS if (row.script, row.env) in {
+    ("reinforce", "CartPole-v1"), ("reinforce", "InvertedPendulum-v5"), ("ppo", "Acrobot-v1"),
+    ("trpo", "Hopper-v5"), ("dqn", "CartPole-v1"), ("dqn", "MountainCar-v0"),
+    ("naf", "Pendulum-v1"), ("cem_es", "CartPole-v1")}]
 # What each option of a script is worth: fewer steps than it needs, one change at a time.
 ABLATIONS = {
     script: [Row(script, "CartPole-v1", steps, flags=option) for option in options]
@@ -168,11 +174,13 @@ def table(rows, results=HERE / "results"):
     lines = ["| script | environment | steps | seeds | mean ± std | IQM | worst | 95 % interval | "
              "published | seconds |", "|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
-        runs = {seed: run for seed in range(1, row.seeds + 1) if (run := read(row, seed, results))}
+        runs = {seed: run for seed in row.seeds if (run := read(row, seed, results))}
         if not runs:
             continue
         s = statistics([run[0] for run in runs.values()])
-        seeds = f"1–{len(runs)}" if 1 < len(runs) == max(runs) else ", ".join(map(str, runs))
+        first, last = min(runs), max(runs)
+        seeds = f"{first}–{last}" if 1 < len(runs) == last - first + 1 else ", ".join(
+            map(str, runs))
         script = f"`{row.script}.py{' ' * bool(row.flags)}{row.flags}`"
         seconds = np.mean([run[1] for run in runs.values()])
         lines.append(
@@ -187,7 +195,7 @@ def ablation(rows, results=HERE / "results"):
     """The recorded rows of one script, by its options, in Markdown."""
     lines = ["| option | mean ± std | worst |", "|---|---|---|"]
     for row in rows:
-        runs = [run[0] for seed in range(1, row.seeds + 1) if (run := read(row, seed, results))]
+        runs = [run[0] for seed in row.seeds if (run := read(row, seed, results))]
         if runs:
             s = statistics(runs)
             option = f"`{row.flags}`" if row.flags else "as preset"
@@ -214,7 +222,7 @@ def solved(path=HERE / "results/solve.csv"):
 def tables():
     """Every table that the README shows between <!-- name --> and <!-- end -->."""
     ablations = {f"ablation of {script}": ablation(rows) for script, rows in ABLATIONS.items()}
-    return dict(results=table(ROWS), solved=solved()) | ablations
+    return dict(results=table(ROWS), fresh=table(FRESH), solved=solved()) | ablations
 
 
 def main():
@@ -230,9 +238,9 @@ def main():
     if args.quick:  # always anew
         results = RUNS / "quick"
         shutil.rmtree(results, ignore_errors=True)
-    rows = [row for row in (QUICK if args.quick else sum(ABLATIONS.values(), ROWS))
+    rows = [row for row in (QUICK if args.quick else sum(ABLATIONS.values(), ROWS + FRESH))
             if args.only in f"{row.script} {row.env} {row.flags}"]
-    jobs = [(row, seed) for row in rows for seed in range(1, 2 if args.quick else row.seeds + 1)
+    jobs = [(row, seed) for row in rows for seed in (row.seeds[:1] if args.quick else row.seeds)
             if not read(row, seed, results)]
     if args.table or args.readme:
         jobs = []
