@@ -20,7 +20,8 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-# Each: our script, environment, environments, steps, our settings, the peer's class and settings.
+# Each: our script, environment, environments, steps, our settings, the peer's class and settings;
+# without a peer the other side is gymnasium's vector environment alone, with any actions.
 NO_NORMS = dict(norm_obs=False, norm_returns=False)
 SPEED = {
     "ppo CartPole 4x128": (
@@ -48,6 +49,8 @@ SPEED = {
         "ddpg", "HalfCheetah-v5", 1, 6000, dict(batch_size=256, learning_starts=1000),
         "DDPG", dict(batch_size=256, learning_starts=1000, learning_rate=1e-3, train_freq=1,
                      gradient_steps=1, noise=0.1, policy_kwargs=dict(net_arch=[256, 256]))),
+    "cem_es CartPole": ("cem_es", "CartPole-v1", 32, 200_000, dict(population=32), "", {}),
+    "cem_es HalfCheetah": ("cem_es", "HalfCheetah-v5", 16, 100_000, dict(population=16), "", {}),
 }
 
 # Each: our script, environment, evaluation episodes, the peer's settings as in the zoo.
@@ -174,7 +177,8 @@ def speed(peer, only, pairs):
         measured = []
         for pair in range(pairs):
             (a,) = run(sys.executable, OURS, script, env, num_envs, steps, ours)
-            (b,) = run(peer, PEER, env, num_envs, steps, peer_name, theirs, 1, 0)
+            (b,) = (run(peer, PEER, env, num_envs, steps, peer_name, theirs, 1, 0) if peer_name
+                    else run(sys.executable, BARE, env, num_envs))
             measured.append((a, b, a / b))
             print(f"{name}: {a:,.0f} against {b:,.0f} steps/s, {a / b:.2f} times", flush=True)
         (bare,) = run(sys.executable, BARE, env, num_envs)

@@ -70,7 +70,7 @@ def grid(rows, read, path, columns=3):
 def bars(path):
     """Ratios of speed to the peers', with the spread of their pairs."""
     with open(HERE / "results/speed.csv") as file:
-        rows = list(csv.DictReader(file))[::-1]
+        rows = [row for row in csv.DictReader(file) if row["peer"]][::-1]
     ratio, low, high = (np.array([float(row[key]) for row in rows])
                         for key in ("ratio", "low", "high"))
     figure = Figure((8, 0.5 * len(rows) + 1.2), layout="constrained")
