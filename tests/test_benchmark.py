@@ -48,6 +48,11 @@ def test_every_script_is_measured_and_quickly_too():
     assert {row.script for row in benchmark.QUICK} == set(NAMES)
 
 
+def test_fresh_seeds_are_those_of_no_row():
+    seen = {seed for row in benchmark.ROWS for seed in row.seeds}
+    assert benchmark.FRESH and all(seen.isdisjoint(row.seeds) for row in benchmark.FRESH)
+
+
 def test_the_tables_of_the_readme_are_what_the_records_say():
     text = (ROOT / "README.md").read_text()
     assert len(benchmark.tables()) == 5
