@@ -285,10 +285,10 @@ def train(args, resume=""):
             features = agent.features(envs.obs)
             _, rewards, _, dones = envs.step(act(features, *layers))
             seen = [features, features.square()] if args.norm_obs else []
-            sums += alive * torch.cat([rewards.unsqueeze(1), ones, *seen], 1)
+            sums.addcmul_(alive, torch.cat([rewards.unsqueeze(1), ones, *seen], 1))
             run.step += playing
             run.progress()
-            alive *= (1 - dones).unsqueeze(1)
+            alive -= dones.unsqueeze(1)  # who rests is never done again
             playing = int(alive.sum())
             if not playing or run.step > args.total_timesteps:
                 break
