@@ -51,7 +51,7 @@ class Args:
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
+    checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
     # The algorithm.
     num_steps: int = arg(5, "steps of each environment in a batch", 1)
     optimizer: typing.Literal["rmsprop", "adam"] = arg("rmsprop", "rmsprop or adam")
@@ -63,10 +63,10 @@ class Args:
     vf_coef: float = arg(0.5, "weight of the value loss", 0)
     max_grad_norm: float = arg(0.5, "longer gradients are scaled down to this norm", 0)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
-    shared_network: bool = arg(False, "one pair of hidden layers for actor and critic")
-    log_std: float = arg(0.0, "log of the first deviation of actions, as a part of their bounds")
+    shared_network: bool = arg(False, "one pair of hidden layers for both; for images always")
+    log_std: float = arg(0.0, "log of actions' first deviation, relative to half their range")
     norm_obs: bool = arg(True, "standardise vector observations by running statistics")
-    norm_returns: bool = arg(True, "scale the critic by the running deviation of the returns")
+    norm_returns: bool = arg(True, "scale the returns by their running deviation")
 
     def __init__(self, **given):
         """What is given beats the environment's preset, which beats the default."""
@@ -157,7 +157,7 @@ class Agent(nn.Module):
         if not self.discrete:  # the actor's [-1, 1] is stretched over finite bounds
             low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
                          for bound in (action_space.low, action_space.high))
-            bounded = (high - low).isfinite()
+            bounded = (high - low).isfinite() & (high > low)
             self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
             self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0))
             self.log_std = nn.Parameter(self.scale.log() + args.log_std)
@@ -421,10 +421,11 @@ class Envs:
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    autoreset_mode="SameStep")
+                                    use_fire_reset=False, autoreset_mode="SameStep")
             else:
                 if atari:  # the fast version can neither be filmed nor wrapped
-                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4,
+                                              padding_type="zero")
                     wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
                     kwargs["frameskip"] = 1
 
@@ -439,6 +440,8 @@ class Envs:
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
         kind = type(self.action_space).__name__
+        if kind == "Box" and self.action_space.dtype.kind != "f":
+            kind = "integer Box"
         if kind not in ACTION_SPACES:
             raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
                             f"these scripts do: {SCRIPTS.get(kind, 'none')}")
@@ -507,6 +510,8 @@ class Run:
             saved = load(resume, envs.device)
         with blame(f"{resume} does not fit these settings"):
             for name in state if resume else ():
+                for group in saved[name].get("param_groups", ()):  # saved on whichever device
+                    group["capturable"] = envs.device.type == "cuda"
                 state[name].load_state_dict(saved[name])
         self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
         self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
@@ -639,7 +644,8 @@ def evaluate(agent, args, episodes=100, **kwargs):
             envs.step(agent.act(envs.obs, deterministic=True))
             first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
             if steps == 100_000:
-                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
+                raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
+                                "needs a time limit, max_episode_steps where it is registered")
         returns += [first[i] for i in range(num_envs)]
     envs.envs.close()
     return np.array(returns[:episodes])

@@ -8,7 +8,7 @@ the next generation to the best, ES climbs an estimated gradient, CMA-ES learns 
 (1)  CEM     samples = mean + sigma * noise
              mean = E[elites], sigma^2 = Var[elites] + extra_noise, and sigma >= min_sigma
 (2)  ES      samples = mean + sigma * noise, where noise comes in pairs of opposite signs
-             gradient = E[centered_ranks(fitness) * noise] / sigma, for Adam
+             gradient = E[centered_ranks(fitness) * noise] / sigma - weight_decay * mean, for Adam
 (3)  CMA-ES  samples = mean + sigma * steps, steps ~ N(0, C)
              mean = mean + sigma * step, where step = sum of w[k] * steps[k] over the best half
              sigma grows if p_sigma, a running sum of whitened steps, is longer than by chance
@@ -51,7 +51,7 @@ class Args:
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
+    checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
     # The algorithm.
     method: typing.Literal["cem", "es", "cma"] = arg("cem", "cem, es or cma")
     population: int = arg(32, "cem, cma: policies in a generation", 2)
@@ -284,7 +284,7 @@ def train(args, resume=""):
         for _ in range(args.max_episode_steps):
             features = agent.features(envs.obs)
             _, rewards, _, dones = envs.step(act(features, *layers))
-            seen = [features, features.square()] if args.norm_obs else []
+            seen = [features, features.double().square()] if args.norm_obs else []
             sums.addcmul_(alive, torch.cat([rewards.unsqueeze(1), ones, *seen], 1))
             run.step += playing
             run.progress()
@@ -486,10 +486,11 @@ class Envs:
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    autoreset_mode="SameStep")
+                                    use_fire_reset=False, autoreset_mode="SameStep")
             else:
                 if atari:  # the fast version can neither be filmed nor wrapped
-                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4,
+                                              padding_type="zero")
                     wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
                     kwargs["frameskip"] = 1
 
@@ -504,6 +505,8 @@ class Envs:
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
         kind = type(self.action_space).__name__
+        if kind == "Box" and self.action_space.dtype.kind != "f":
+            kind = "integer Box"
         if kind not in ACTION_SPACES:
             raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
                             f"these scripts do: {SCRIPTS.get(kind, 'none')}")
@@ -572,6 +575,8 @@ class Run:
             saved = load(resume, envs.device)
         with blame(f"{resume} does not fit these settings"):
             for name in state if resume else ():
+                for group in saved[name].get("param_groups", ()):  # saved on whichever device
+                    group["capturable"] = envs.device.type == "cuda"
                 state[name].load_state_dict(saved[name])
         self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
         self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
@@ -704,7 +709,8 @@ def evaluate(agent, args, episodes=100, **kwargs):
             envs.step(agent.act(envs.obs, deterministic=True))
             first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
             if steps == 100_000:
-                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
+                raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
+                                "needs a time limit, max_episode_steps where it is registered")
         returns += [first[i] for i in range(num_envs)]
     envs.envs.close()
     return np.array(returns[:episodes])

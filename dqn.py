@@ -24,8 +24,9 @@ replay buffer, and with the next values of a target network that stands still fo
             take one Adam step down the gradient of the loss (3)
 
 Mnih et al. 2015, Nature 518; double is arXiv:1509.06461, dueling arXiv:1511.06581, prioritized
-arXiv:1511.05952, and n-step as in arXiv:1710.02298. V and A share all layers but the last here, and
-where a time limit cuts an episode off, the value of the state goes on. Example: --env Acrobot-v1
+arXiv:1511.05952, and n-step as in arXiv:1710.02298. V and A share all layers but the last here,
+rewards are not clipped, and where a time limit cuts an episode off, the value of the state goes on.
+Example: --env Acrobot-v1
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -53,7 +54,7 @@ class Args:
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
+    checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
     # The algorithm.
     buffer_size: int = arg(100_000, "transitions that the replay buffer holds", 1)
     batch_size: int = arg(128, "transitions of an update", 1)
@@ -177,8 +178,8 @@ class ReplayBuffer:
     def __init__(self, size, frame_stack, *rollout):
         """A rollout (1, num_envs, ...) shows what the tensors must hold."""
         (_, self.num_envs, channels, *_), device = rollout[0].shape, rollout[0].device
-        if channels % frame_stack:
-            raise UserError(f"frame_stack is {frame_stack}, which does not divide {channels}")
+        if frame_stack > 1 and (rollout[0].dim() != 5 or channels % frame_stack):
+            raise UserError(f"frame_stack is {frame_stack}; observations are no such images")
         self.frame_stack, self.channels = frame_stack, channels // frame_stack
         self.rows, self.count = size // self.num_envs, 0
         self.highest = torch.ones((), device=device)  # of all priorities until now
@@ -246,7 +247,8 @@ class ReplayBuffer:
         self.count = saved["count"]
         self.highest.copy_(saved["highest"])
         for x, old in zip(self.data, saved["data"], strict=True):
-            x[:min(self.count, self.rows)] = old
+            filled = x[:min(self.count, self.rows)]
+            filled.copy_(old.view_as(filled))
 
 
 # ==================================================================================== Algorithm
@@ -521,10 +523,11 @@ class Envs:
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    autoreset_mode="SameStep")
+                                    use_fire_reset=False, autoreset_mode="SameStep")
             else:
                 if atari:  # the fast version can neither be filmed nor wrapped
-                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4,
+                                              padding_type="zero")
                     wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
                     kwargs["frameskip"] = 1
 
@@ -539,6 +542,8 @@ class Envs:
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
         kind = type(self.action_space).__name__
+        if kind == "Box" and self.action_space.dtype.kind != "f":
+            kind = "integer Box"
         if kind not in ACTION_SPACES:
             raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
                             f"these scripts do: {SCRIPTS.get(kind, 'none')}")
@@ -607,6 +612,8 @@ class Run:
             saved = load(resume, envs.device)
         with blame(f"{resume} does not fit these settings"):
             for name in state if resume else ():
+                for group in saved[name].get("param_groups", ()):  # saved on whichever device
+                    group["capturable"] = envs.device.type == "cuda"
                 state[name].load_state_dict(saved[name])
         self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
         self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
@@ -739,7 +746,8 @@ def evaluate(agent, args, episodes=100, **kwargs):
             envs.step(agent.act(envs.obs, deterministic=True))
             first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
             if steps == 100_000:
-                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
+                raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
+                                "needs a time limit, max_episode_steps where it is registered")
         returns += [first[i] for i in range(num_envs)]
     envs.envs.close()
     return np.array(returns[:episodes])

@@ -8,7 +8,7 @@ differ, so a plan is judged by the mean return of particles that follow several 
 
 (1)  member e:  (next_obs - obs, rewards) ~ Normal(mean_e, exp(log_var_e)) and
                 P(termination) = sigmoid(logit_e), all of them functions of (obs, actions)
-(2)  loss = E[counts * (((delta - mean)^2 / exp(log_var) + log_var) / 2 - log P(termination))]
+(2)  loss = E[counts * (((delta - mean)^2 / exp(log_var) + log_var) / 2 - log P(terminations))]
 (3)  next_obs = obs + mean_e + exp(log_var_e / 2) * noise, with e drawn anew at every step (ts1)
                 or once for each particle (tsinf); or obs + the mean of all mean_e (mean)
 (4)  return of a plan = sum over t of gamma^t * (alive[t] * rewards[t] + after[t])
@@ -16,7 +16,8 @@ differ, so a plan is judged by the mean return of particles that follow several 
                 after[t + 1] = after[t] + alive[t] * ends[t] * min(rewards[t], 0)
 (5)  mean, std = those of the elites, the best of the plans drawn from Normal(mean, std)
 (6)  value_loss = E[(V(obs) - rewards - gamma * (1 - terminations) * target_V(next_obs))^2];
-     if terminal_value, gamma^horizon * alive[horizon] * V(obs[horizon]) is a part of (4)
+     if terminal_value, gamma^horizon * (alive * V + (1 - alive) * min(V, 0)), where both are
+     those of step horizon, is a part of (4)
 
     repeat
         for num_steps steps of each environment
@@ -24,10 +25,10 @@ differ, so a plan is judged by the mean return of particles that follow several 
             execute the first action of the mean; the others begin the next plan
         refit the statistics to all transitions and take num_updates Adam steps on (2) and (6)
 
-The lecture's versions: 0.5 plans with a model of random data (--learning-starts of nearly all
-steps), 1.0 adds the data of its plans but follows each for long (--replan-every 25), 1.5 replans at
-every step, and an ensemble makes it PETS (Chua et al. 2018, arXiv:1805.12114). --planner random
-takes the best of as many random plans. All plans share one noise (3), so that luck favours none.
+Version 0.5 plans with a model of random data (--learning-starts of all steps but the last round's),
+1.0 adds the data of its plans but follows each for long (--replan-every 10), 1.5 replans at every
+step, and an ensemble makes it PETS (Chua et al. 2018, arXiv:1805.12114). --planner random takes the
+best of `population` random plans. All plans share one noise (3), so that luck favours none.
 Where plans last equally long, as on CartPole, only V tells what the end of one is worth (Lowrey et
 al. 2019, arXiv:1811.01848); like the rest it learns from all data, whichever plans they are of.
 An imagined end, unlike a real one, does not end costs: (4) repeats a negative last reward, or plans
@@ -59,7 +60,7 @@ class Args:
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
+    checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
     # The algorithm.
     batch_size: int = arg(256, "transitions of an update, for each member", 1)
     learning_starts: int = arg(1000, "steps of random actions before learning", 0)
@@ -73,13 +74,13 @@ class Args:
     planner: typing.Literal["random", "cem"] = arg("cem", "random or cem (5)")
     gamma: float = arg(0.99, "discount factor", 0, 1)
     horizon: int = arg(25, "steps of a plan", 1)
-    replan_every: int = arg(1, "steps of a plan that are executed before the next is made", 1)
+    replan_every: int = arg(1, "steps that a plan is followed, unless an episode begins", 1)
     population: int = arg(200, "plans in a round", 1)
     elites: int = arg(20, "best plans of a round, which the next round resembles", 1)
     rounds: int = arg(3, "rounds of cem", 1)
     terminal_value: bool = arg(False, "add the value of where a plan leads to its return (6)")
     tau: float = arg(0.1, "how far the target of V moves to V at each update", 0, 1)
-    sigma: float = arg(0.5, "first deviation of the planned actions, as a part of their bounds", 0)
+    sigma: float = arg(0.5, "first deviation of Box plans, relative to half their range", 0)
     correlation: float = arg(0.7, "that of the deviations of successive actions", 0, 0.99)
 
     def __init__(self, **given):
@@ -191,12 +192,16 @@ class Agent(nn.Module):
         super().__init__()
         if len(obs_space.shape) == 3:
             raise UserError(f"{NAME} imagines observations number by number, for which images are "
-                            "too large; these scripts take them: reinforce, a2c, ppo, trpo, dqn")
-        if args.elites > args.population:
+                            "too large; these scripts take them: reinforce, a2c, ppo, trpo, dqn, "
+                            "ddpg, naf, cem_es")
+        if args.planner == "cem" and args.elites > args.population:
             raise UserError(f"{args.elites} elites are more than the population, {args.population}")
         if args.num_particles % args.ensemble_size:
             raise UserError(f"{args.num_particles} particles cannot be shared equally by an "
                             f"ensemble of {args.ensemble_size}")
+        if args.replan_every > args.horizon:
+            raise UserError(f"replan_every is {args.replan_every}, beyond the {args.horizon} steps "
+                            "of a plan")
         self.args, self.discrete = args, isinstance(action_space, gym.spaces.Discrete)
         if self.discrete:  # actions are one-hot; the mean of the elites is how often they take each
             low, high = torch.tensor([[0.0], [1.0]]).expand(2, int(action_space.n))
@@ -233,7 +238,7 @@ class Agent(nn.Module):
         rounds, size = args.rounds if args.planner == "cem" else 1, len(self.center)
         # Correlated in time, as in iCEM (arXiv:2008.06389): to shake to and fro leads nowhere.
         draws = self.smooth @ torch.randn(rounds, args.population, args.horizon, size, **options)
-        draws[:, 0] = 0  # the mean itself takes part
+        draws[:, 0] = 0  # the mean itself, or of discrete actions the median, takes part
         particles = args.horizon, args.num_particles
         noise = torch.randn(*particles, 1, len(self.model.targets.mean), **options)
         noise[..., -1] = 0  # of a reward only the mean matters
@@ -268,7 +273,7 @@ class Agent(nn.Module):
         args, std = self.args, self.args.sigma * self.scale.expand_as(mean)
         if args.planner == "random":
             mean, std = self.center.expand_as(mean), self.scale.expand_as(mean)
-            draws = 2 * torch.special.ndtr(draws) - 1
+            draws = draws if self.discrete else 2 * torch.special.ndtr(draws) - 1
 
         def draw(mean, std, draws):
             mean, std = mean.unsqueeze(1), std.unsqueeze(1)
@@ -358,9 +363,10 @@ def train(args, resume="", reward=None, termination=None):
     """Train, from the start or on from the run folder `resume`; return agent and history.
 
     `reward` and `termination` are what is known of the environment, see Agent."""
-    if args.learning_starts >= args.total_timesteps:
-        raise UserError(f"learning_starts is {args.learning_starts:,}, which leaves none of the "
-                        f"{args.total_timesteps:,} total_timesteps")
+    round_steps = args.num_steps * args.num_envs * WORLD_SIZE
+    if args.learning_starts > (args.total_timesteps - 1) // round_steps * round_steps:
+        raise UserError(f"learning_starts is {args.learning_starts:,}, which leaves no round of "
+                        f"{round_steps:,} steps of the {args.total_timesteps:,} total_timesteps")
     device = setup(args)
     envs = Envs(args.env, args.num_envs, device)
     agent, target = (Agent(envs.obs_space, envs.action_space, args).to(device) for _ in range(2))
@@ -374,9 +380,9 @@ def train(args, resume="", reward=None, termination=None):
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, data=data)
 
     def update(obs, actions, next_obs, rewards, terminations, counts):
-        """Take one Adam step on a batch (B, ...) for each of E members; return the losses."""
-        # Weighed by 1 / variance, what is predicted well leaves the rest no gradient: hence beta
-        # (Seitzer et al. 2022, arXiv:2203.09168).
+        """Take one Adam step on a batch (B, ...) for each of E members; return V's loss."""
+        # Here the variance, held fixed, weighs (2), or what is predicted well would leave the rest
+        # no gradient (Seitzer et al. 2022, arXiv:2203.09168).
         losses = model.loss(obs, actions, next_obs, rewards, terminations, beta=1)
         loss = (counts * losses).mean(1).sum()                                              # (2)
         value_loss = torch.zeros_like(loss)
@@ -390,7 +396,7 @@ def train(args, resume="", reward=None, termination=None):
         average(weights.grad)
         optimizer.step()
         target_weights.lerp_(weights, args.tau)
-        return torch.stack([loss / args.ensemble_size, value_loss]).detach()
+        return value_loss.detach()
 
     @torch.inference_mode()
     def judge(plans, obs, actions, next_obs, rewards, terminations, dones):
@@ -401,8 +407,9 @@ def train(args, resume="", reward=None, termination=None):
         # After a truncation nobody knows what would have followed; there both sums stop.
         known = F.pad((1 - dones * (1 - terminations)).cumprod(0), (0, 0, 1, 0), value=1)
         steps = min(args.horizon, len(obs))
+        plan = agent.vector(plans[0].argmax(-1)) if agent.discrete else plans[0]  # as executed
         discounts = F.pad(agent.discounts[:steps, 0] * known[:steps], (0, 0, 0, 1))  # without V
-        predicted = agent.imagine(obs[0], plans[0, :, None, :steps], discounts[:, None],
+        predicted = agent.imagine(obs[0], plan[:, None, :steps], discounts[:, None],
                                   *agent.luck()[1:])
         realised = plan_returns(rewards, terminations, discounts)
         return model.loss(*batch).mean(), predicted.mean(), realised.mean()
@@ -429,9 +436,11 @@ def train(args, resume="", reward=None, termination=None):
         for k in range(args.num_updates):
             optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - k / args.num_updates))
             *batch, counts = data.sample(args.ensemble_size, args.batch_size)
-            model_loss, value_loss = update(*batch, counts.diagonal(dim1=0, dim2=2).T)
+            value_loss = update(*batch, counts.diagonal(dim1=0, dim2=2).T)
             run.progress()
         if plans:
+            with torch.no_grad():
+                model_loss = model.loss(*batch).mean()                                      # (2)
             run.log(model_loss=model_loss, value_loss=value_loss, validation_loss=validation_loss,
                     predicted_return=predicted, realised_return=realised)
     run.finish()
@@ -588,10 +597,11 @@ class Envs:
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    autoreset_mode="SameStep")
+                                    use_fire_reset=False, autoreset_mode="SameStep")
             else:
                 if atari:  # the fast version can neither be filmed nor wrapped
-                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4,
+                                              padding_type="zero")
                     wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
                     kwargs["frameskip"] = 1
 
@@ -606,6 +616,8 @@ class Envs:
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
         kind = type(self.action_space).__name__
+        if kind == "Box" and self.action_space.dtype.kind != "f":
+            kind = "integer Box"
         if kind not in ACTION_SPACES:
             raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
                             f"these scripts do: {SCRIPTS.get(kind, 'none')}")
@@ -674,6 +686,8 @@ class Run:
             saved = load(resume, envs.device)
         with blame(f"{resume} does not fit these settings"):
             for name in state if resume else ():
+                for group in saved[name].get("param_groups", ()):  # saved on whichever device
+                    group["capturable"] = envs.device.type == "cuda"
                 state[name].load_state_dict(saved[name])
         self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
         self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
@@ -806,7 +820,8 @@ def evaluate(agent, args, episodes=100, **kwargs):
             envs.step(agent.act(envs.obs, deterministic=True))
             first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
             if steps == 100_000:
-                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
+                raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
+                                "needs a time limit, max_episode_steps where it is registered")
         returns += [first[i] for i in range(num_envs)]
     envs.envs.close()
     return np.array(returns[:episodes])

@@ -50,7 +50,7 @@ class Args:
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
+    checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
     # The algorithm.
     buffer_size: int = arg(1_000_000, "transitions that the replay buffer holds", 1)
     batch_size: int = arg(256, "transitions of an update", 1)
@@ -62,7 +62,7 @@ class Args:
     tau: float = arg(0.005, "how far the target moves to the network at each update", 0, 1)
     max_grad_norm: float = arg(1.0, "longer gradients are scaled down to this norm", 0)
     noise: typing.Literal["gaussian", "ou"] = arg("gaussian", "gaussian or ou (5)")
-    sigma: float = arg(0.3, "deviation of the noise's draws, as a part of the bounds", 0)
+    sigma: float = arg(0.3, "deviation of the noise's draws, relative to half the bounds' range", 0)
     theta: float = arg(0.15, "how fast ou noise returns to 0", 0, 1)
     hidden_size: int = arg(256, "units in each of the two hidden layers", 1)
 
@@ -114,9 +114,10 @@ class Agent(nn.Module):
         super().__init__()
         low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
                      for bound in (action_space.low, action_space.high))
-        if not (high - low).isfinite().all():
-            raise UserError(f"{args.env} has actions without finite bounds, which {NAME} does not "
-                            f"take; these scripts do: reinforce, a2c, ppo, trpo")
+        if not ((high - low).isfinite() & (high > low)).all():
+            raise UserError(f"{args.env} has actions without finite bounds or room between, which "
+                            f"{NAME} does not take; these scripts do: reinforce, a2c, ppo, trpo, "
+                            "cem_es, mbrl_mpc")
         for name, bound in dict(low=low, high=high, center=(low + high) / 2,
                                 scale=(high - low) / 2).items():
             self.register_buffer(name, bound)
@@ -187,7 +188,8 @@ class ReplayBuffer:
     def load_state_dict(self, saved):
         self.count = saved["count"]
         for x, old in zip(self.data, saved["data"], strict=True):
-            x[:min(self.count, self.rows)] = old
+            filled = x[:min(self.count, self.rows)]
+            filled.copy_(old.view_as(filled))
 
 
 # ==================================================================================== Algorithm
@@ -227,6 +229,7 @@ def train(args, resume=""):
     buffer = ReplayBuffer(args.buffer_size, obs, noise, obs, noise[:, 0], noise[:, 0])
     # Each process fills its own buffer; a checkpoint keeps the first's, and all resume with it.
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
+    optimizer.param_groups[0]["lr"].fill_(args.learning_rate)  # or a resumed run keeps the old
 
     @torch.inference_mode()
     def explore(obs, begins):
@@ -423,10 +426,11 @@ class Envs:
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    autoreset_mode="SameStep")
+                                    use_fire_reset=False, autoreset_mode="SameStep")
             else:
                 if atari:  # the fast version can neither be filmed nor wrapped
-                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4,
+                                              padding_type="zero")
                     wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
                     kwargs["frameskip"] = 1
 
@@ -441,6 +445,8 @@ class Envs:
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
         kind = type(self.action_space).__name__
+        if kind == "Box" and self.action_space.dtype.kind != "f":
+            kind = "integer Box"
         if kind not in ACTION_SPACES:
             raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
                             f"these scripts do: {SCRIPTS.get(kind, 'none')}")
@@ -509,6 +515,8 @@ class Run:
             saved = load(resume, envs.device)
         with blame(f"{resume} does not fit these settings"):
             for name in state if resume else ():
+                for group in saved[name].get("param_groups", ()):  # saved on whichever device
+                    group["capturable"] = envs.device.type == "cuda"
                 state[name].load_state_dict(saved[name])
         self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
         self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
@@ -641,7 +649,8 @@ def evaluate(agent, args, episodes=100, **kwargs):
             envs.step(agent.act(envs.obs, deterministic=True))
             first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
             if steps == 100_000:
-                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
+                raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
+                                "needs a time limit, max_episode_steps where it is registered")
         returns += [first[i] for i in range(num_envs)]
     envs.envs.close()
     return np.array(returns[:episodes])

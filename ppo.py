@@ -19,9 +19,10 @@ under the new and the old policy, and clips the ratio so that moving it far from
             take one Adam step down the gradient of the loss (5)
 
 Schulman et al. 2017, arXiv:1707.06347; (1) is GAE, arXiv:1506.02438. The orthogonal initialisation,
-annealing and running normalisation come from studies of what matters in practice, arXiv:2005.12729
-and arXiv:2006.05990. Where most versions let a time limit end an episode like any other end, here
-the value of the state that was cut off stands in for the rest. Example: --env HalfCheetah-v5
+annealing and normalisation, of each minibatch's advantages too, come from studies of what matters
+in practice, arXiv:2005.12729 and arXiv:2006.05990. Where most versions let a time limit end an
+episode like any other end, here the value of the state that was cut off stands in for the rest.
+Example: --env HalfCheetah-v5
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -49,7 +50,7 @@ class Args:
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
+    checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
     # The algorithm.
     num_steps: int = arg(256, "steps of each environment in a batch", 1)
     num_minibatches: int = arg(32, "parts that an epoch splits the batch into", 1)
@@ -67,9 +68,9 @@ class Args:
     max_grad_norm: float = arg(0.5, "longer gradients are scaled down to this norm", 0)
     target_kl: float = arg(0.0, "leave a batch when KL(old || new) exceeds this; 0 is never", 0)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
-    log_std: float = arg(0.0, "log of the first deviation of actions, as a part of their bounds")
+    log_std: float = arg(0.0, "log of actions' first deviation, relative to half their range")
     norm_obs: bool = arg(True, "standardise vector observations by running statistics")
-    norm_returns: bool = arg(True, "scale the critic by the running deviation of the returns")
+    norm_returns: bool = arg(True, "scale the returns by their running deviation")
 
     def __init__(self, **given):
         """What is given beats the environment's preset, which beats the default."""
@@ -166,7 +167,7 @@ class Agent(nn.Module):
         if not self.discrete:  # the actor's [-1, 1] is stretched over finite bounds
             low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
                          for bound in (action_space.low, action_space.high))
-            bounded = (high - low).isfinite()
+            bounded = (high - low).isfinite() & (high > low)
             self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
             self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0))
             self.log_std = nn.Parameter(self.scale.log() + args.log_std)
@@ -266,7 +267,7 @@ def train(args, resume=""):
         average(weights.grad)
         weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
         optimizer.step()
-        kl = (ratio - 1 - log_ratio).detach().mean()  # estimates KL(old || new), never below 0
+        kl = (log_ratio.expm1() - log_ratio).detach().mean()  # estimates KL(old || new)
         average(kl)
         return torch.stack([kl, policy_loss.detach(), value_loss.detach()])
 
@@ -458,10 +459,11 @@ class Envs:
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    autoreset_mode="SameStep")
+                                    use_fire_reset=False, autoreset_mode="SameStep")
             else:
                 if atari:  # the fast version can neither be filmed nor wrapped
-                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4,
+                                              padding_type="zero")
                     wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
                     kwargs["frameskip"] = 1
 
@@ -476,6 +478,8 @@ class Envs:
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
         kind = type(self.action_space).__name__
+        if kind == "Box" and self.action_space.dtype.kind != "f":
+            kind = "integer Box"
         if kind not in ACTION_SPACES:
             raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
                             f"these scripts do: {SCRIPTS.get(kind, 'none')}")
@@ -544,6 +548,8 @@ class Run:
             saved = load(resume, envs.device)
         with blame(f"{resume} does not fit these settings"):
             for name in state if resume else ():
+                for group in saved[name].get("param_groups", ()):  # saved on whichever device
+                    group["capturable"] = envs.device.type == "cuda"
                 state[name].load_state_dict(saved[name])
         self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
         self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
@@ -676,7 +682,8 @@ def evaluate(agent, args, episodes=100, **kwargs):
             envs.step(agent.act(envs.obs, deterministic=True))
             first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
             if steps == 100_000:
-                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
+                raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
+                                "needs a time limit, max_episode_steps where it is registered")
         returns += [first[i] for i in range(num_envs)]
     envs.envs.close()
     return np.array(returns[:episodes])

@@ -23,10 +23,10 @@ costs no bias, but a b near the mean of returns[t] takes away most of the estima
         take one Adam step down the gradient of the loss (4)
 
 Williams 1992, doi:10.1007/BF00992696. As nearly always, E is over steps, and late steps weigh as
-much as early ones though (1) discounts rewards. The mean of a batch contains the return that it is
-compared with: a bias of one part in the size of the batch. Where a time limit cuts an episode off,
-V(next_obs), if V is the baseline, stands in for the rest; without a V the rest counts as nothing.
-Example: --env InvertedPendulum-v5 --baseline mean
+much as early ones though (1) discounts rewards. The mean of a batch contains what followed from the
+very action that it is compared with: a bias of up to one part in num_envs. Where a time limit cuts
+an episode off, V(next_obs), if V is the baseline, stands in for the rest; without a V the rest
+counts as nothing. Example: --env InvertedPendulum-v5 --baseline mean
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -54,7 +54,7 @@ class Args:
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
+    checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
     # The algorithm.
     max_episode_steps: int = arg(0, "cut episodes off after so many steps; 0 is never", 0)
     baseline: typing.Literal["none", "mean", "value"] = arg("value", "b of (2): none, mean, value")
@@ -64,7 +64,7 @@ class Args:
     vf_coef: float = arg(0.5, "weight of the value loss", 0)
     max_grad_norm: float = arg(0.5, "longer gradients are scaled down to this norm", 0)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
-    log_std: float = arg(0.0, "log of the first deviation of actions, as a part of their bounds")
+    log_std: float = arg(0.0, "log of actions' first deviation, relative to half their range")
     norm_obs: bool = arg(True, "standardise vector observations by running statistics")
     norm_returns: bool = arg(True, "scale the returns by their running deviation")
 
@@ -153,7 +153,7 @@ class Agent(nn.Module):
         if not self.discrete:  # the actor's [-1, 1] is stretched over finite bounds
             low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
                          for bound in (action_space.low, action_space.high))
-            bounded = (high - low).isfinite()
+            bounded = (high - low).isfinite() & (high > low)
             self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
             self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0))
             self.log_std = nn.Parameter(self.scale.log() + args.log_std)
@@ -206,8 +206,12 @@ def explained_variance(values, returns):
 
 def train(args, resume=""):
     """Train, from the start or on from the run folder `resume`; return agent and history."""
+    if args.baseline == "mean" and args.num_envs == 1:
+        raise UserError("the mean of a single episode foretells what it should be compared with; "
+                        "take more than one of num_envs, or another baseline")
     device = setup(args)
-    envs = Envs(args.env, args.num_envs, device)
+    limit = functools.partial(gym.wrappers.TimeLimit, max_episode_steps=args.max_episode_steps)
+    envs = Envs(args.env, args.num_envs, device, [limit] if args.max_episode_steps else [])
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten(agent)
     learning_rate = torch.tensor(args.learning_rate, device=device)
@@ -248,11 +252,10 @@ def train(args, resume=""):
             rollout.append((obs, actions, next_obs, rewards, terminations, dones, counts))
             envs.episodes[ended:] = [x for x in envs.episodes[ended:] if counts[x[0]]]
             counts = counts * (1 - dones)
-            if len(rollout) == args.max_episode_steps:
-                break
             if len(rollout) == 30_000 and not args.max_episode_steps:
                 raise UserError(f"{args.env} goes on for 30,000 steps; if it never ends, cut it "
                                 "off, for example by --max-episode-steps 1000")
+        envs.episodes.sort()  # by environment: those that ended last are the longest
         obs, actions, next_obs, rewards, terminations, dones, counts = (
             torch.stack(x) for x in zip(*rollout))  # each (T, N, ...)
         steps = torch.tensor(float(counts.numel()), device=device)
@@ -425,10 +428,11 @@ class Envs:
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    autoreset_mode="SameStep")
+                                    use_fire_reset=False, autoreset_mode="SameStep")
             else:
                 if atari:  # the fast version can neither be filmed nor wrapped
-                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4,
+                                              padding_type="zero")
                     wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
                     kwargs["frameskip"] = 1
 
@@ -443,6 +447,8 @@ class Envs:
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
         kind = type(self.action_space).__name__
+        if kind == "Box" and self.action_space.dtype.kind != "f":
+            kind = "integer Box"
         if kind not in ACTION_SPACES:
             raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
                             f"these scripts do: {SCRIPTS.get(kind, 'none')}")
@@ -511,6 +517,8 @@ class Run:
             saved = load(resume, envs.device)
         with blame(f"{resume} does not fit these settings"):
             for name in state if resume else ():
+                for group in saved[name].get("param_groups", ()):  # saved on whichever device
+                    group["capturable"] = envs.device.type == "cuda"
                 state[name].load_state_dict(saved[name])
         self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
         self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
@@ -643,7 +651,8 @@ def evaluate(agent, args, episodes=100, **kwargs):
             envs.step(agent.act(envs.obs, deterministic=True))
             first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
             if steps == 100_000:
-                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
+                raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
+                                "needs a time limit, max_episode_steps where it is registered")
         returns += [first[i] for i in range(num_envs)]
     envs.envs.close()
     return np.array(returns[:episodes])

@@ -23,11 +23,11 @@ its weights, turns the gradient accordingly, and goes as far as max_kl lets it.
         for each of update_epochs epochs, for each of num_minibatches random parts of the batch
             take one Adam step of V down the gradient of value_loss (9)
 
-Schulman et al. 2015, arXiv:1502.05477; (1) is GAE, arXiv:1506.02438. Without the search for a
-length (--no-line-search) it is the natural policy gradient of Kakade 2001. V is fitted by Adam,
-where the paper on GAE gives it a trust region too. Where most versions let a time limit end an
-episode like any other end, here the value of the state that was cut off stands in for the rest.
-Example: --env Hopper-v5
+Schulman et al. 2015, arXiv:1502.05477; (1) is GAE, arXiv:1506.02438. In (4) the advantages are
+taken less their mean. Without the search for a length (--no-line-search) it is the natural policy
+gradient of Kakade 2001. V is fitted by Adam, where the paper on GAE gives it a trust region too.
+Where most versions let a time limit end an episode like any other end, here the value of the state
+that was cut off stands in for the rest. Example: --env Hopper-v5
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -55,15 +55,15 @@ class Args:
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints; 0 is a tenth of the run or more", 0)
+    checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
     # The algorithm.
     num_steps: int = arg(256, "steps of each environment in a batch", 1)
     max_kl: float = arg(0.01, "how far (5) a step may lead", 0)
-    cg_iters: int = arg(15, "conjugate gradients that a step is found with", 1)
+    cg_iters: int = arg(15, "iterations of conjugate gradients (7)", 1)
     cg_damping: float = arg(0.1, "added to the Fisher matrix's diagonal", 0)
     fisher_every: int = arg(1, "Fisher products use every n-th step of the batch", 1)
     line_search: bool = arg(True, "shorten steps until (4) and (5) agree; without, it is NPG")
-    backtrack_coef: float = arg(0.8, "how much shorter the next step to try is", 0, 1)
+    backtrack_coef: float = arg(0.8, "the next step to try, as a part of the last", 0, 1)
     num_minibatches: int = arg(16, "parts that an epoch of the critic splits the batch into", 1)
     update_epochs: int = arg(10, "passes of the critic over each batch", 1)
     learning_rate: float = arg(1e-3, "step size of the critic's Adam", 0)
@@ -71,9 +71,9 @@ class Args:
     gae_lambda: float = arg(0.95, "lambda of (1): 0 trusts V, 1 trusts the rewards", 0, 1)
     anneal: bool = arg(True, "lower learning_rate and max_kl linearly to 0")
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
-    log_std: float = arg(0.0, "log of the first deviation of actions, as a part of their bounds")
+    log_std: float = arg(0.0, "log of actions' first deviation, relative to half their range")
     norm_obs: bool = arg(True, "standardise vector observations by running statistics")
-    norm_returns: bool = arg(True, "scale the critic by the running deviation of the returns")
+    norm_returns: bool = arg(True, "scale the returns by their running deviation")
 
     def __init__(self, **given):
         """What is given beats the environment's preset, which beats the default."""
@@ -163,7 +163,7 @@ class Agent(nn.Module):
         if not self.discrete:  # the actor's [-1, 1] is stretched over finite bounds
             low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
                          for bound in (action_space.low, action_space.high))
-            bounded = (high - low).isfinite()
+            bounded = (high - low).isfinite() & (high > low)
             self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
             self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0))
             self.actor.log_std = nn.Parameter(self.scale.log() + args.log_std)
@@ -191,7 +191,7 @@ class Agent(nn.Module):
         """KL(old || new) (...), so written that it loses no digits where old and new are near."""
         if self.discrete:
             old, new = old.log_softmax(-1), new.log_softmax(-1)
-            return (old.exp() * (old - new)).sum(-1)
+            return (old.exp() * (torch.expm1(new - old) - (new - old))).sum(-1)
         (old_mean, old_log_std), (mean, log_std) = old.chunk(2, -1), new.chunk(2, -1)
         narrower, deviations = old_log_std - log_std, (mean - old_mean) / log_std.exp()
         return (deviations.square() / 2 + torch.expm1(2 * narrower) / 2 - narrower).sum(-1)
@@ -224,7 +224,7 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 
 def surrogate(ratio, advantages):
-    """The policy loss (4), without the advantages' mean that float32 would add and take away."""
+    """The policy loss (4). A ratio without the 1 would add E[advantages], and cost digits."""
     return -((ratio - 1) * advantages).mean()
 
 
@@ -531,10 +531,11 @@ class Envs:
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    autoreset_mode="SameStep")
+                                    use_fire_reset=False, autoreset_mode="SameStep")
             else:
                 if atari:  # the fast version can neither be filmed nor wrapped
-                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4)
+                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4,
+                                              padding_type="zero")
                     wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
                     kwargs["frameskip"] = 1
 
@@ -549,6 +550,8 @@ class Envs:
         self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
         self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
         kind = type(self.action_space).__name__
+        if kind == "Box" and self.action_space.dtype.kind != "f":
+            kind = "integer Box"
         if kind not in ACTION_SPACES:
             raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
                             f"these scripts do: {SCRIPTS.get(kind, 'none')}")
@@ -617,6 +620,8 @@ class Run:
             saved = load(resume, envs.device)
         with blame(f"{resume} does not fit these settings"):
             for name in state if resume else ():
+                for group in saved[name].get("param_groups", ()):  # saved on whichever device
+                    group["capturable"] = envs.device.type == "cuda"
                 state[name].load_state_dict(saved[name])
         self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
         self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
@@ -749,7 +754,8 @@ def evaluate(agent, args, episodes=100, **kwargs):
             envs.step(agent.act(envs.obs, deterministic=True))
             first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
             if steps == 100_000:
-                raise UserError(f"{args.env} goes on for {steps:,} steps; it needs a time limit")
+                raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
+                                "needs a time limit, max_episode_steps where it is registered")
         returns += [first[i] for i in range(num_envs)]
     envs.envs.close()
     return np.array(returns[:episodes])

@@ -95,6 +95,7 @@ for name, settings in {
     "Bounds": dict(action_space=BOUNDS, reward=lambda a: float(a.sum())),  # says what was executed
     "Unbounded": dict(action_space=UNBOUNDED),
     "Multi": dict(action_space=MultiDiscrete([2, 3])),
+    "Integers": dict(action_space=Box(0, 4, (2,), np.int64)),
     "Dict": dict(obs_space=VECTORS),
     "Tuple": dict(obs_space=Tuple([COUNT, Discrete(7)])),
     "DiscreteObs": dict(obs_space=Discrete(7)),

@@ -226,8 +226,9 @@ def test_images_are_bytes_until_the_network_divides_them_by_255(spy):
 
 
 @BOTH
-@pytest.mark.parametrize("low, high", [(-np.inf, np.inf), (0, np.inf), (-3e38, 3e38)])
-def test_infinite_bounds_are_refused_before_anything_is_written(algorithm, low, high, tmp_path):
+@pytest.mark.parametrize("low, high", [(-np.inf, np.inf), (0, np.inf), (-3e38, 3e38),
+                                       (2, 2)])
+def test_bounds_without_a_finite_range_are_refused_before_anything_is_written(algorithm, low, high, tmp_path):
     space = gym.spaces.Box(np.array([-1, low], np.float32), np.array([1, high], np.float32))
     with pytest.raises(algorithm.UserError, match="bounds.*ppo"):
         an_agent(algorithm, space)
@@ -319,6 +320,10 @@ def test_a_checkpoint_holds_what_is_filled_and_goes_on_exactly(algorithm, tmp_pa
         smaller = algorithm.ReplayBuffer(60 if rows > 20 else 12, *transition(0))
         with pytest.raises(RuntimeError):
             smaller.load_state_dict(buffer.state_dict())
+        wider = algorithm.ReplayBuffer(900, *(x.repeat_interleave(3, 0) for x in transition(0)))
+        with pytest.raises(RuntimeError):  # or each transition would be there three times
+            wider.load_state_dict({**buffer.state_dict(), "data": [
+                x[:, :1] for x in buffer.state_dict()["data"]]})
 
 
 @BOTH

@@ -506,7 +506,8 @@ def test_training_draws_by_priority_and_sets_priorities_by_the_error_after_each_
     (dict(learning_starts=600), ["learning_starts", "600", "512"]),
     (dict(buffer_size=15), ["buffer_size", "15", "batch_size"]),
     (dict(buffer_size=10**12), ["buffer_size", "1,000,000,000,000", "56,000,000,000,000 bytes"]),
-    (dict(frame_stack=4, env="probes:ImageFirst-v0"), ["frame_stack", "4", "3"]),
+    (dict(frame_stack=4, env="probes:ImageFirst-v0"), ["frame_stack", "4"]),
+    (dict(frame_stack=4), ["frame_stack", "4"]),  # four numbers are no four frames
     (dict(exploration="none"), ["exploration", "epsilon, boltzmann"]),
     (dict(env="Pendulum-v1"), ["Box", "ddpg, naf"])])
 def test_what_cannot_be_done_is_refused_before_anything_is_written(changes, words, tmp_path):

@@ -191,6 +191,13 @@ def test_random_plans_fill_the_bounds_evenly_and_the_best_is_taken():
     assert torch.allclose(scored[0].std(0), torch.tensor([3, 10]) / 12 ** 0.5, rtol=0.05)
 
 
+def test_random_plans_try_all_discrete_actions_alike(monkeypatch):
+    agent, plans = make_agent(1, gym.spaces.Discrete(8), planner="random", population=3000), []
+    monkeypatch.setattr(agent, "imagine", lambda obs, x, *luck: (plans.append(x), x.sum((2, 3)))[1])
+    best_plan(agent, torch.zeros(1, 1))
+    assert torch.allclose(plans[0].mean((0, 1)), torch.full((3, 8), 1 / 8), atol=0.03)
+
+
 def test_an_end_is_no_way_out_of_costs():
     """Action 0 ends the episode at -1, action 1 goes on at -0.9 a step."""
     def step(obs, actions):
@@ -612,9 +619,12 @@ def test_the_validation_loss_is_that_of_data_not_yet_learnt(spy):
     losses, fits = spy(Model, "loss"), spy(Model, "fit")
     _, history = train("Pendulum-v1", total_timesteps=192, num_updates=3)
     validations = [call for call in losses if "beta" not in call]
-    assert len(validations) == len(history) == 2 and len(losses) == 2 + 9
+    assert len(history) == 2 and len(losses) == 2 * 2 + 9
     assert len(fits) == 2 * 3  # the target's statistics are the same
-    assert history[0]["validation_loss"] == pytest.approx(validations[0]["out"].mean().item())
+    # In turn before and after the updates, the same loss, so that the two can be compared.
+    assert [row[name] for row in history for name in ("validation_loss", "model_loss")] == [
+        pytest.approx(call["out"].mean().item()) for call in validations]
+    assert same(validations[1]["obs"], losses[-6]["obs"])  # that of the last update
     assert "beta" not in losses[3] and losses[3]["obs"].shape == (2, 64, 3)
     learnt = fits[0]["obs"]
     assert not any((learnt == x).all(-1).any() for x in losses[3]["obs"][0])
@@ -623,10 +633,16 @@ def test_the_validation_loss_is_that_of_data_not_yet_learnt(spy):
 @pytest.mark.parametrize("wrong, words", [
     (dict(population=4, elites=5), "5 elites.*4"), (dict(horizon=0), "horizon"),
     (dict(population=0), "population"), (dict(num_particles=3), "3 particles.*2"),
-    (dict(learning_starts=512), "learning_starts"), (dict(env="probes:BoxImage-v0"), "images")])
+    (dict(learning_starts=449), "learning_starts"), (dict(env="probes:BoxImage-v0"), "images"),
+    (dict(replan_every=4), "replan_every.*3")])
 def test_settings_that_cannot_work_are_refused(wrong, words):
     with pytest.raises(UserError, match=words):
         train(**dict(env="Pendulum-v1") | wrong)
+
+
+def test_the_last_round_alone_may_be_planned_and_random_plans_have_no_elites():
+    _, history = train("Pendulum-v1", learning_starts=448, planner="random", elites=9)
+    assert [row["step"] for row in history] == [512]
 
 
 # Learning.

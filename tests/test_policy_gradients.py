@@ -75,6 +75,14 @@ def test_observations_are_standardised_and_the_statistics_travel_in_the_state_di
     assert torch.allclose(fresh.value(obs), agent.value(obs), atol=1e-6)
 
 
+@pytest.mark.parametrize("module", [reinforce, a2c, ppo, trpo])
+def test_an_action_that_has_but_one_value_disturbs_nothing(module):
+    space = gym.spaces.Box(np.array([-1, 3], np.float32), np.array([1, 3], np.float32))
+    agent = module.Agent(COUNT, space, module.Args())
+    assert all(x.isfinite().all() for x in agent.state_dict().values())
+    assert agent.act(torch.zeros(4, 1)).shape == (4, 2)
+
+
 @pytest.mark.parametrize("module", [a2c, ppo])
 def test_the_entropy_bonus_keeps_a_policy_undecided(module):
     settings = dict(total_timesteps=2048, learning_rate=3e-3)

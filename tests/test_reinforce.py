@@ -117,6 +117,19 @@ def test_the_episodes_that_are_reported_are_those_that_count(spy):
     assert len(found) == 2 and history[-1]["episode_length"] == lengths
 
 
+def test_the_last_episodes_are_not_those_that_ended_last():
+    _, history = train("probes:Uneven-v0", total_timesteps=8 * 64 * 9, num_envs=64)
+    logged = [row["episode_length"] for row in history]  # of 20 of 64 episodes, of 1 or 9 steps
+    assert len(logged) >= 8 and sum(logged) / len(logged) == pytest.approx(5, abs=1)
+
+
+def test_what_is_cut_off_is_reported(spy):
+    _, history = train("probes:Uneven-v0", total_timesteps=200, max_episode_steps=3)
+    assert set(row["episode_length"] > 1 for row in history) == {True}
+    _, history = train("probes:Endless-v0", total_timesteps=24, max_episode_steps=3)
+    assert [row["episode_length"] for row in history] == [3.0, 3.0]
+
+
 def test_steps_that_were_only_waited_through_are_counted_as_steps(spy):
     steps = spy(reinforce.Envs, "step")
     _, history = train("probes:Uneven-v0", total_timesteps=300)
@@ -233,8 +246,13 @@ def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(monkeypatch):
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("num_envs", [1, 4])
 def test_episodes_of_one_step_leave_everything_finite(num_envs, baseline):
-    agent, history = train("probes:Terminated-v0", total_timesteps=64, num_envs=num_envs,
-                           baseline=baseline, norm_obs=True, norm_returns=True)
+    settings = dict(total_timesteps=64, num_envs=num_envs, baseline=baseline, norm_obs=True,
+                    norm_returns=True)
+    if baseline == "mean" and num_envs == 1:  # a mean of nothing but what it is compared with
+        with pytest.raises(reinforce.UserError, match="num_envs"):
+            train("probes:Terminated-v0", **settings)
+        return
+    agent, history = train("probes:Terminated-v0", **settings)
     assert all(value.isfinite().all() for value in agent.state_dict().values())
     assert all(math.isfinite(value) for value in history[-1].values())
 
