@@ -287,11 +287,12 @@ def train(args, resume=""):
             seen = [features, features.double().square()] if args.norm_obs else []
             sums.addcmul_(alive, torch.cat([rewards.unsqueeze(1), ones, *seen], 1))
             run.step += playing
-            run.progress()
             alive -= dones.unsqueeze(1)  # who rests is never done again
             playing = int(alive.sum())
             if not playing or run.step > args.total_timesteps:
                 break
+        envs.episodes.sort()  # by policy: those that ended last are the longest
+        run.progress()
         return sums[:len(seeds)]
 
     while run.step < args.total_timesteps:

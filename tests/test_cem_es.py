@@ -441,6 +441,12 @@ def test_an_episode_is_left_after_the_most_steps_that_are_allowed(spy):
     assert {x for call in calls for x in call["fitness"].tolist()} == {7.0}
 
 
+def test_the_last_episodes_are_not_those_that_ended_last():
+    _, history = train("probes:Uneven-v0", population=64, num_envs=64, total_timesteps=64 * 64)
+    logged = [row["episode_length"] for row in history]  # of 20 of 64 episodes, of 1 or 9 steps
+    assert len(logged) >= 8 and sum(logged) / len(logged) == pytest.approx(5, abs=1)
+
+
 def test_a_generation_lasts_as_long_as_its_longest_episode(spy):
     calls = spy(cem_es.Envs, "step")
     train("probes:Counter-v0", total_timesteps=80)  # four generations of four episodes of 5 steps
