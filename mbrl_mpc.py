@@ -6,7 +6,7 @@ agent imagines many plans with it, improves them by the cross-entropy method (CE
 first action and plans again: model-predictive control (MPC). Where data are few the members
 differ, so a plan is judged by the mean return of particles that follow several of them.
 
-(1)  member e:  (next_obs - obs, rewards) ~ Normal(mean_e, exp(log_var_e)) and
+(1)  member e:  (next_obs - obs, rewards) ~ Normal(mean_e, exp(log_var_e / 2)) and
                 P(termination) = sigmoid(logit_e), all of them functions of (obs, actions)
 (2)  loss = E[counts * (((delta - mean)^2 / exp(log_var) + log_var) / 2 - log P(terminations))]
 (3)  next_obs = obs + mean_e + exp(log_var_e / 2) * noise, with e drawn anew at every step (ts1)

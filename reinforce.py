@@ -207,8 +207,7 @@ def explained_variance(values, returns):
 def train(args, resume=""):
     """Train, from the start or on from the run folder `resume`; return agent and history."""
     if args.baseline == "mean" and args.num_envs == 1:
-        raise UserError("the mean of a single episode foretells what it should be compared with; "
-                        "take more than one of num_envs, or another baseline")
+        raise UserError("baseline mean compares episodes with each other, but num_envs is 1")
     device = setup(args)
     limit = functools.partial(gym.wrappers.TimeLimit, max_episode_steps=args.max_episode_steps)
     envs = Envs(args.env, args.num_envs, device, [limit] if args.max_episode_steps else [])
