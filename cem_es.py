@@ -357,7 +357,7 @@ def blame(what):
         yield
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
-        why = f"{type(error).__name__}: {error}".split("\n")[0]
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{what}: {why} ({os.path.basename(at.filename)}:{at.lineno})") from error
 
 
@@ -366,11 +366,16 @@ def preset(env):
 
 
 def check(args):
-    """Refuse settings that do not exist or are outside their limits."""
+    """Refuse settings that do not exist, are of a wrong type or are outside their limits."""
     known = {f.name: f for f in fields(args)}
-    for name, value in vars(args).items():
+    for name, given in vars(args).items():
         if name not in known:
             raise UserError(f"there is no setting {name}")
+        with blame(f"{name} cannot be {given!r}"):
+            kind = type(known[name].default)
+            vars(args)[name] = value = kind(given)  # numpy's numbers would spoil a checkpoint
+            if value != given and str(value) != str(given):
+                raise TypeError(f"it is no {kind.__name__}")
         (low, high), choices = known[name].metadata["limits"], typing.get_args(known[name].type)
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise UserError(f"{name} is {value}, which is not between {low} and {high}")
@@ -470,7 +475,7 @@ class Serial(gym.vector.SyncVectorEnv):
             if termination or truncation:
                 final_obs[i] = np.array(obs)
                 obs, _ = env.reset()
-            results.append((obs, float(reward), termination, truncation))
+            results.append((obs, float(reward), bool(termination), bool(truncation)))
         return *map(np.array, zip(*results)), dict(final_obs=final_obs)
 
 
@@ -502,9 +507,10 @@ class Envs:
                     return env
 
                 envs = Serial([make] * num_envs, autoreset_mode="SameStep")
+            self.obs_space = envs.single_observation_space
+            self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
         self.id, self.device, self.envs, self.episodes = env_id, device, envs, []
-        self.obs_space, self.action_space = envs.single_observation_space, envs.single_action_space
-        self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
+        self.action_space = envs.single_action_space
         kind = type(self.action_space).__name__
         if kind == "Box" and self.action_space.dtype.kind != "f":
             kind = "integer Box"
@@ -535,11 +541,11 @@ class Envs:
             actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
         with blame(f"{self.id} failed"):
             obs, rewards, terminations, truncations, infos = self.envs.step(actions)
+            self.obs = next_obs = self.tensor(obs, self.dtype).view_as(self.obs)
         self.returns += rewards
         self.lengths += 1
         if not math.isfinite(self.returns.sum()):
             raise UserError(f"{self.id} gave the rewards {rewards.tolist()}")
-        self.obs = next_obs = self.tensor(obs, self.dtype)
         dones = terminations | truncations
         if dones.any():
             ended = dones.nonzero()[0]
@@ -584,7 +590,7 @@ class Run:
         self.began, self.said = time.time() - saved["seconds"], saved["seconds"]
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
-            if not resume and (self.folder / "checkpoint.pt").exists():
+            if not resume and os.path.exists(self.folder / "checkpoint.pt"):
                 raise UserError(f"{self.folder} holds a run; --resume goes on with it")
             with blame(f"cannot write to {self.folder}"):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -597,7 +603,8 @@ class Run:
             chosen = [f"{name}={value}" + "*" * (preset(args.env).get(name) == value)
                       for name, value in asdict(args).items() if value != getattr(Args, name)]
             print(f"{NAME}: {args.env} on {envs.device} (* from the preset):", *chosen, flush=True)
-        gc.collect(), gc.freeze()  # what exists by now stays; searching it slowed rollouts by 10 %
+        # What exists by now stays; searching it for garbage slowed rollouts by 10 %.
+        gc.unfreeze(), gc.collect(), gc.freeze()
 
     @classmethod
     def ask_to_stop(cls, number, frame):
@@ -649,8 +656,8 @@ class Run:
             speed, self.said = self.step / seconds, seconds
             left = max(0, self.args.total_timesteps - self.step) / max(speed, 1e-8)
             print(f"step {self.step:,} of {self.args.total_timesteps:,}: "
-                  f"return {self.mean_episode()[1]:.1f}, {speed:,.0f} steps/s, {left:.0f} s left",
-                  flush=True)
+                  f"return {self.mean_episode()[1]:.1f}, {speed:,.0f} steps/s, {left:.0f} s left"
+                  + ", stopping" * bool(Run.signal), flush=True)
 
     def mean_episode(self):
         return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
@@ -720,8 +727,9 @@ def evaluate(agent, args, episodes=100, **kwargs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--evaluate", metavar="RUN", help="score the agent of the run")
+    old = parser.add_mutually_exclusive_group()  # normpath makes '.' of '', which is no run either
+    old.add_argument("--resume", metavar="RUN", type=os.path.normpath, help="go on with this run")
+    old.add_argument("--evaluate", metavar="RUN", type=os.path.normpath, help="score its agent")
     parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
     parser.add_argument("--video", action="store_true", default=False, help="film one more")
     parser.add_argument("--render", action="store_true", default=False, help="show one more")
@@ -735,6 +743,7 @@ def main():
         print(f"{NAME}.py: {message}", file=sys.stderr)
         raise SystemExit(code)
 
+    codes = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130, BrokenPipeError: 141}
     parser.error = fail
     given = vars(parser.parse_args())
     episodes, video, render = (given.pop(name) for name in ("episodes", "video", "render"))
@@ -744,8 +753,9 @@ def main():
     try:
         saved = load(resume or score) if resume or score else dict(args={})
         args = Args(**saved["args"] | given)
-        args.run_dir = resume or score or args.run_dir or "runs/{}__{}__{}__{}".format(
-            re.sub("[:/]", "-", args.env), NAME, args.seed, time.strftime("%y%m%d-%H%M%S"))
+        args.run_dir = resume or score or args.run_dir or "runs/{}__{}__{}__{}-{}".format(
+            re.sub("[:/]", "-", args.env), NAME, args.seed, time.strftime("%y%m%d-%H%M%S"),
+            os.getpid())
         if score:
             envs, history = Envs(args.env, 1, setup(args)), saved["history"]
             agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
@@ -756,7 +766,7 @@ def main():
                 signal.signal(number, Run.ask_to_stop)
             agent, history = train(args, resume)
             if Run.signal:
-                raise SystemExit(128 + Run.signal)
+                fail(f"stopped; --resume {args.run_dir} goes on from here", 128 + Run.signal)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if RANK == 0:
@@ -775,8 +785,7 @@ def main():
         if WORLD_SIZE > 1:  # at an ordinary exit gloo's threads now and then abort the process
             torch.distributed.barrier()
             sys.stdout.flush(), os._exit(0)
-    except (UserError, FloatingPointError, KeyboardInterrupt) as error:
-        codes = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130}
+    except tuple(codes) as error:
         fail(str(error) or "interrupted", codes[type(error)])
 
 

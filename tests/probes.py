@@ -53,6 +53,14 @@ class Reusing(Probe):
         return self.array, *rest
 
 
+class Misshapen(Probe):
+    """From the 60th step on, its observations have another shape than they should."""
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return np.zeros(3, np.float32) if self.all_steps >= 60 else obs, *rest
+
+
 def observe(space, steps):
     if isinstance(space, Dict):
         return {key: observe(space[key], steps) for key in space}
@@ -94,6 +102,8 @@ for name, settings in {
     "Start": dict(action_space=Discrete(3, start=5)),
     "Bounds": dict(action_space=BOUNDS, reward=lambda a: float(a.sum())),  # says what was executed
     "Unbounded": dict(action_space=UNBOUNDED),
+    "Misshapen": dict(),
+    "Sequence": dict(obs_space=gym.spaces.Sequence(COUNT)),
     "Multi": dict(action_space=MultiDiscrete([2, 3])),
     "Integers": dict(action_space=Box(0, 4, (2,), np.int64)),
     "Dict": dict(obs_space=VECTORS),
@@ -105,7 +115,7 @@ for name, settings in {
     "BoxTarget": dict(length=1, action_space=BOUNDS,
                       reward=lambda a: -(a[0] - 1.5) ** 2 - ((a[1] - 3) / 5) ** 2),
 }.items():
-    kind = Reusing if name == "Reusing" else Probe
+    kind = dict(Reusing=Reusing, Misshapen=Misshapen).get(name, Probe)
     gym.register(f"{name}-v0", kind, kwargs=settings, disable_env_checker=True)
     if "action_space" not in settings:  # and the same for those who take no discrete actions
         gym.register(f"Box{name}-v0", kind, kwargs=settings | dict(action_space=BOUNDS),

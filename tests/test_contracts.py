@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -205,6 +206,17 @@ def test_unknown_settings_and_values_out_of_range_are_refused(script, module):
             module.Args(**wrong)
 
 
+def test_settings_of_another_type_become_what_they_stand_for_or_are_refused(script, module):
+    args = module.Args(seed=np.int64(3), run_dir=pathlib.Path("run"), **{
+        fraction(module): np.float64(0.5)})
+    assert type(args.seed) is int and args.run_dir == "run"
+    assert type(getattr(args, fraction(module))) is float
+    switches = [field.name for field in dataclasses.fields(module.Args) if field.type is bool]
+    for wrong in (dict(num_envs=2.5), dict(seed="three"), dict(seed=None), {switches[0]: "False"}):
+        with pytest.raises(module.UserError, match=next(iter(wrong))):
+            module.Args(**wrong)
+
+
 def test_arguments_can_be_copied_with_changes(script, module):
     args = module.Args(seed=3, num_envs=2)
     assert dataclasses.replace(args, seed=4) == module.Args(**vars(args) | {"seed": 4})
@@ -307,6 +319,14 @@ def test_an_evaluation_takes_the_mode_and_does_not_prefer_short_episodes(
     returns = module.evaluate(agent, args, 400)
     assert all(modes) and modes
     assert returns.mean() == pytest.approx(5, abs=0.8)  # episodes of 1 and of 9, four deviations
+
+
+def test_a_reader_that_goes_away_stops_a_run_without_a_traceback(script, module):
+    words = [sys.executable, ROOT / f"{script}.py", *run_flags(script, module)]
+    done = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done.stdout.close()
+    error = done.communicate()[1]
+    assert done.returncode and "Traceback" not in error, error
 
 
 def test_the_users_own_environment_is_found_in_the_current_folder(script, module, tmp_path):
@@ -562,7 +582,7 @@ def test_a_resumed_run_takes_a_new_step_size_and_may_come_from_a_gpu(
     if script == "cem_es":
         pytest.skip("its optimizer is a function")
     saved, used = torch.load("run/checkpoint.pt", weights_only=True), []
-    saved["optimizer"]["param_groups"][0]["capturable"] = True
+    saved[saved["args"].get("optimizer", "optimizer")]["param_groups"][0]["capturable"] = True
     torch.save(saved, "run/checkpoint.pt")
     for optimizer in (torch.optim.Adam, torch.optim.RMSprop):
         def step(self, step=optimizer.step):
@@ -604,6 +624,11 @@ def test_a_checkpoint_of_a_stranger_cannot_run_code(script, module, run, command
     (["--no-such-flag"], ["--no-such-flag"]),
     (["--device", "no_such_device"], ["no_such_device"]),
     (["--resume", "no_such_folder"], ["no_such_folder"]),
+    (["--resume", ""], ["no checkpoint"]),  # as of a shell's variable that is not set
+    (["--evaluate", ""], ["no checkpoint"]),
+    (["--resume", "one", "--evaluate", "another"], ["--resume", "--evaluate"]),
+    (["--run-dir", "a" * 300], ["aaa"]),
+    (["--env", "probes:Sequence-v0"], ["Sequence-v0"]),
     (["--evaluate", "no_such_folder"], ["no_such_folder"]),
     (["--episodes", "0"], ["episodes"]),
 ])
@@ -661,7 +686,8 @@ def test_settings_that_do_not_fit_the_checkpoint_give_one_line(script, module, r
 
 
 @pytest.mark.parametrize("name, parts", [
-    ("Raises", ["Raises-v0", "the probe"]), ("NaNReward", ["NaNReward-v0", "nan"])])
+    ("Raises", ["Raises-v0", "the probe"]), ("NaNReward", ["NaNReward-v0", "nan"]),
+    ("Misshapen", ["Misshapen-v0", "shape"])])
 def test_an_environment_that_fails_in_the_middle_gives_one_line_and_keeps_the_checkpoint(
         script, module, command, name, parts):
     words = run_flags(script, module, env=probe(module, name), checkpoint_every=64)
