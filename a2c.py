@@ -488,7 +488,8 @@ class Envs:
                 np.arange(len(dones)), self.returns, self.lengths)))
             self.returns[ended] = self.lengths[ended] = 0
             next_obs = next_obs.clone()
-            next_obs[ended] = self.tensor([infos["final_obs"][i] for i in ended], self.dtype)
+            with blame(f"{self.id} failed"):
+                next_obs[ended] = self.tensor([infos["final_obs"][i] for i in ended], self.dtype)
         rewards, terminations, self.begins = self.tensor([rewards, terminations, dones]).unbind()
         return next_obs, rewards, terminations, self.begins
 

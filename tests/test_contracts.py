@@ -211,8 +211,9 @@ def test_settings_of_another_type_become_what_they_stand_for_or_are_refused(scri
         fraction(module): np.float64(0.5)})
     assert type(args.seed) is int and args.run_dir == "run"
     assert type(getattr(args, fraction(module))) is float
-    switches = [field.name for field in dataclasses.fields(module.Args) if field.type is bool]
-    for wrong in (dict(num_envs=2.5), dict(seed="three"), dict(seed=None), {switches[0]: "False"}):
+    switches = [{field.name: "False"} for field in dataclasses.fields(module.Args)
+                if field.type is bool]
+    for wrong in (dict(num_envs=2.5), dict(seed="three"), dict(seed=None), *switches):
         with pytest.raises(module.UserError, match=next(iter(wrong))):
             module.Args(**wrong)
 
