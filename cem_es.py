@@ -270,30 +270,31 @@ def train(args, resume=""):
                     args.es_sigma if args.method == "es" else args.init_sigma)
     run = Run(args, envs, resume, agent=agent, search=search)
     act = capture(agent.policies, device)
-    columns = 2 + 2 * len(agent.norm.mean) if args.norm_obs else 2
 
     @torch.inference_mode()
     def play(samples, seeds):
         """An episode of each: sums of reward and steps and, for the norm, features and squares."""
-        idle = num_envs - len(seeds)
+        idle, playing, rollout = num_envs - len(seeds), len(seeds), []
         layers = agent.layers(F.pad(samples, (0, 0, 0, idle)))
         envs.reset((*seeds, *[None] * idle))
-        alive = F.pad(torch.ones(len(seeds), 1, device=device), (0, 0, 0, idle))
-        ones, playing = torch.ones_like(alive), len(seeds)
-        sums = torch.zeros(num_envs, columns, dtype=torch.double, device=device)
         for _ in range(args.max_episode_steps):
             features = agent.features(envs.obs)
             _, rewards, _, dones = envs.step(act(features, *layers))
-            seen = [features, features.double().square()] if args.norm_obs else []
-            sums.addcmul_(alive, torch.cat([rewards.unsqueeze(1), ones, *seen], 1))
+            rollout.append((rewards, dones, features if args.norm_obs else features[:, :0]))
             run.step += playing
-            alive -= dones.unsqueeze(1)  # who rests is never done again
-            playing = int(alive.sum())
+            playing = len(seeds) - len(envs.episodes)
             if not playing or run.step > args.total_timesteps:
                 break
+        rewards, dones, features = (torch.stack(x, 1) for x in zip(*rollout))  # (N, T, ...)
+        lengths = (dones.cumsum(1) == dones).sum(1)  # who rests is never done again
+        sums = []
+        for reward, length, x in zip(rewards, lengths, features[:len(seeds)]):
+            reward, x = reward[:length].double(), x[:length].double()
+            sums.append(torch.cat([torch.stack([reward.sum(), length]), x.sum(0),
+                                   x.square().sum(0)]))
         envs.episodes.sort()  # by policy: those that ended last are the longest
         run.progress()
-        return sums[:len(seeds)]
+        return torch.stack(sums)
 
     while run.step < args.total_timesteps:
         run.checkpoint()
