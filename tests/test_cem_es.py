@@ -365,6 +365,13 @@ def test_running_norm_knows_the_moments_of_all_it_was_told_of(offset):
     assert np.allclose(outputs, (batches[-1] - everything.mean(0)) / everything.std(0), atol=1e-2)
 
 
+def test_statistics_of_observations_far_from_0_keep_their_digits(monkeypatch):
+    monkeypatch.setattr(Agent, "features", lambda agent, obs: obs + 30_000)
+    agent, _ = train("probes:Counter-v0", norm_obs=True, total_timesteps=200)
+    assert agent.norm.mean.item() == 30_002  # of 0 to 4
+    assert agent.norm.std.item() == pytest.approx(math.sqrt(2), rel=1e-6)
+
+
 # Episodes.
 
 
