@@ -75,13 +75,13 @@ class Args:
         check(self)
 
 
+MUJOCO = dict(num_envs=16, num_steps=16, learning_rate=2e-3, gae_lambda=0.95, log_std=-0.5)
 PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=60_000, num_steps=16, learning_rate=3e-3,
                         gae_lambda=0.95),
     "Acrobot-v1": dict(total_timesteps=300_000, num_envs=16, num_steps=16, learning_rate=3e-3,
                        gae_lambda=0.95),
-    "HalfCheetah-v5": dict(num_envs=16, num_steps=16, learning_rate=2e-3, gae_lambda=0.95,
-                           log_std=-0.5),
+    "HalfCheetah-v5": MUJOCO, "InvertedDoublePendulum-v5": MUJOCO,
     "ALE/*": dict(total_timesteps=10_000_000, num_envs=16, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"
 
