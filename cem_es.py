@@ -286,7 +286,7 @@ def train(args, resume=""):
             if not playing or run.step > args.total_timesteps:
                 break
         rewards, dones, features = (torch.stack(x, 1) for x in zip(*rollout))  # (N, T, ...)
-        lengths = (dones.cumsum(1) == dones).sum(1)  # who rests is never done again
+        lengths = (dones.cumsum(1) == dones).sum(1)  # up to its end; who rests has no other
         sums = []
         for reward, length, x in zip(rewards, lengths, features[:len(seeds)]):
             reward, x = reward[:length].double(), x[:length].double()
