@@ -206,9 +206,9 @@ class ReplayBuffer:
     def add(self, *rollout):
         """Put a rollout (T, num_envs, ...) in the place of the oldest rows."""
         index = torch.arange(self.count, self.count + len(rollout[0]), device=self.highest.device)
+        self.count, index = self.count + len(index), index % self.rows
         for x, new in zip(self.data, self.kept(*rollout)):
-            x[index % self.rows] = new
-        self.count += len(index)
+            x.index_copy_(0, index, new)
 
     def sample(self, batch_size, gamma, n_step, beta=None):
         """Indices (B,), transitions (B, ...) of n_step rewards, and their importance: all are as
