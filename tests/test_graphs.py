@@ -1,0 +1,178 @@
+"""Training as a GPU would run it, with CPU tensors: what is captured runs once and is then repeated.
+
+A CUDA graph holds the kernels of one call and their memory. When it is replayed no Python runs:
+numbers that Python computed and branches that it took stay as they were, and a call that has to
+wait for a value cannot be captured at all. `Graph` does the same with operations on the CPU, so
+that a run with it must equal the eager run to the last bit."""
+import contextlib
+import importlib
+import sys
+import traceback
+import types
+
+import pytest
+import torch
+from conftest import BLIND, ENVS, same, small, takes, timeless
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# What a GPU would have to wait for, or to fetch from the memory of the CPU.
+WAITS = {f"aten::{name}" for name in (
+    "_local_scalar_dense equal is_nonzero nonzero masked_select _unique2 repeat_interleave "
+    "_linalg_eigh linalg_cholesky_ex").split()}
+IMAGES = {"Discrete": "probes:ImageLast-v0", "Box": "probes:BoxImage-v0"}
+OPTIONS = [
+    ("reinforce", "Discrete", dict(baseline="mean")),
+    ("a2c", "Discrete", dict(shared_network=True, ent_coef=0.01)),
+    ("a2c", "Box", dict(optimizer="adam", gae_lambda=0.9)),
+    ("ppo", "Discrete", dict(clip_values=True, ent_coef=0.01, clip_coef=0.01, learning_rate=0.01)),
+    ("ppo", "Box", dict(recompute_advantages=True, target_kl=1e-4)),
+    ("trpo", "Discrete", dict(line_search=False)),
+    ("trpo", "Box", dict(max_kl=1.0, fisher_every=2)),  # a step that the line search shortens
+    ("dqn", "Discrete", dict(dueling=True, prioritized=True, n_step=3, tau=0.1, target_every=0)),
+    ("dqn", "Discrete", dict(double=False, exploration="boltzmann", target_every=64)),
+    ("ddpg", "Box", dict(noise="ou")), ("naf", "Box", dict(noise="ou")),
+    ("cem_es", "Discrete", dict(method="es", hidden_size=8)), ("cem_es", "Box", dict(method="cma")),
+    ("mbrl_mpc", "Discrete", dict(planner="random", propagation="mean")),
+    ("mbrl_mpc", "Box", dict(propagation="tsinf", terminal_value=True, replan_every=2))]
+GPU = types.SimpleNamespace(type="cuda")
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def memory(x):
+    return x.untyped_storage()._cdata
+
+
+class Graph(TorchDispatchMode):
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    replays = 0
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CPU"):
+            with self:  # what consists of other operations is recorded as these
+                results = function.decompose(*args, **kwargs or {})
+            if results is not NotImplemented:
+                return results
+        schema, inputs = function._schema, tensors((args, kwargs))
+        masks = [x for x in inputs if x.dtype == torch.bool] if "index" in schema.name else []
+        if schema.name in WAITS or masks:
+            raise RuntimeError(f"{schema.name} cannot be captured")
+        if schema.name == "aten::lift_fresh" and "optim" not in str(traceback.extract_stack(limit=9)):
+            raise RuntimeError("a tensor made of numbers cannot be captured")
+        if schema.is_mutable:
+            self.before += [(x, x.clone()) for x in inputs]
+        results = function(*args, **kwargs or {})
+        outputs = [x for x in tensors(results) if memory(x) not in set(map(memory, inputs))]
+        if schema.is_mutable or outputs:  # otherwise it was a view, and goes on being one
+            self.calls.append((function, args, kwargs or {}, outputs))
+        return results
+
+    @contextlib.contextmanager
+    def capture(self):
+        """Record what is called, and leave no trace of having run it."""
+        state = torch.get_rng_state()
+        with self:
+            yield
+        with torch.inference_mode():
+            for x, old in reversed(self.before):
+                x.copy_(old)
+        torch.set_rng_state(state)
+
+    @torch.inference_mode()
+    def replay(self):
+        Graph.replays += 1
+        for function, args, kwargs, outputs in self.calls:
+            inputs = set(map(memory, tensors((args, kwargs))))
+            results = [x for x in tensors(function(*args, **kwargs)) if memory(x) not in inputs]
+            for x, new in zip(outputs, results, strict=True):
+                x.copy_(new)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Lets `capture` record and replay such graphs, with optimizers as they are on a GPU."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Graph.capture)
+    monkeypatch.setattr(Graph, "replays", 0)
+    monkeypatch.setitem(vars(sys.modules["torch.optim.rmsprop"]),
+                        "_get_capturable_supported_devices", lambda: ["cpu"])
+
+    def on_gpu(optimizer):
+        return lambda *args, **kwargs: optimizer(*args, **kwargs | dict(
+            capturable=True, foreach=not kwargs.get("fused")))
+
+    for name in ("Adam", "RMSprop"):
+        monkeypatch.setattr(torch.optim, name, on_gpu(getattr(torch.optim, name)))
+
+
+def packed(function):
+    """The function with its inputs packed in memory, as how they lie changes how sums round."""
+    return lambda *inputs: function(*(x.contiguous() for x in inputs))
+
+
+def compare(module, monkeypatch, args):
+    """Train eagerly and with graphs."""
+    capture, histories, agents = module.capture, [], []
+    for wrap in (lambda function: function, lambda function: capture(function, GPU)):
+        monkeypatch.setattr(module, "capture", lambda function, device: packed(wrap(function)))
+        agent, history = module.train(args)
+        agents.append(agent.state_dict()), histories.append(timeless(history))
+    assert Graph.replays > 5
+    assert same(*histories) and same(*agents)
+
+
+@pytest.mark.parametrize("kind", ENVS)
+def test_a_run_of_replayed_graphs_is_the_eager_run(script, module, graphs, monkeypatch, kind):
+    if kind not in module.ACTION_SPACES:
+        pytest.skip(f"{script} does not take {kind} actions")
+    compare(module, monkeypatch, module.Args(**small(script, env=ENVS[kind])))
+
+
+def test_so_it_is_with_images(script, module, graphs, monkeypatch):
+    if script in BLIND:
+        pytest.skip(f"{script} does not take images")
+    env = IMAGES[takes(module, *IMAGES)[0]]
+    args = module.Args(**small(script, env=env, total_timesteps=256))
+    compare(module, monkeypatch, args)
+
+
+@pytest.mark.parametrize("name, kind, options", OPTIONS)
+def test_so_it_is_with_other_settings(graphs, monkeypatch, name, kind, options):
+    module = importlib.import_module(name)
+    compare(module, monkeypatch, module.Args(**small(name, env=ENVS[kind]) | options))
+
+
+def test_a_graph_repeats_what_it_recorded_and_no_more(script, module, graphs):
+    total, factor = torch.zeros(2), [1.0]
+
+    def function(x):
+        total.add_(x)
+        return total * factor[0] + torch.rand(2)
+
+    function, x = module.capture(function, GPU), torch.ones(2)
+    torch.manual_seed(0)
+    results = [function(x) for _ in range(5)]
+    factor[0] = 9.0
+    results.append(function(2 * x))
+    torch.manual_seed(0)
+    expected = [k + torch.rand(2) for k in (1, 2, 3, 4, 5, 7)]
+    assert same(results, expected)
+
+
+@pytest.mark.parametrize("wait", [
+    lambda x: x * x.sum().item(), lambda x: x[x > 0], lambda x: x + torch.tensor(1.0),
+    lambda x: x if x.sum() > 0 else -x])
+def test_a_graph_refuses_what_a_gpu_would_wait_for(graphs, wait):
+    function = importlib.import_module("ppo").capture(wait, GPU)
+    for _ in range(3):
+        function(torch.ones(2))
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        function(torch.ones(2))
