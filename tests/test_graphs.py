@@ -1,9 +1,10 @@
-"""Training as a GPU would run it, with CPU tensors: what is captured runs once and is then repeated.
+"""Training as a GPU would run it, with CPU tensors: what is captured is recorded, then repeated.
 
 A CUDA graph holds the kernels of one call and their memory. When it is replayed no Python runs:
 numbers that Python computed and branches that it took stay as they were, and a call that has to
 wait for a value cannot be captured at all. `Graph` does the same with operations on the CPU, so
-that a run with it must equal the eager run to the last bit."""
+that a run with it must equal the eager run to the last bit. `Places` follows which tensors a GPU
+would hold through the eager run, and refuses to mix them with those of the CPU."""
 import contextlib
 import importlib
 import sys
@@ -13,6 +14,7 @@ import types
 import pytest
 import torch
 from conftest import BLIND, ENVS, same, small, takes, timeless
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,7 +67,8 @@ class Graph(TorchDispatchMode):
         masks = [x for x in inputs if x.dtype == torch.bool] if "index" in schema.name else []
         if schema.name in WAITS or masks:
             raise RuntimeError(f"{schema.name} cannot be captured")
-        if schema.name == "aten::lift_fresh" and "optim" not in str(traceback.extract_stack(limit=9)):
+        if schema.name == "aten::lift_fresh" and not any(  # which optimizers make on the CPU only
+                "torch/optim" in frame.filename for frame in traceback.extract_stack(limit=9)):
             raise RuntimeError("a tensor made of numbers cannot be captured")
         if schema.is_mutable:
             self.before += [(x, x.clone()) for x in inputs]
@@ -96,6 +99,37 @@ class Graph(TorchDispatchMode):
                 x.copy_(new)
 
 
+class Places(TorchFunctionMode):
+    """Keeps track of what the memory of a GPU would hold, and refuses to mix it with the CPU's."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.__name__
+        inputs = {memory(x): (x.dim(), self.places.get(memory(x))) for x in tensors((args, kwargs))}
+        places = {place for dim, place in inputs.values() if dim or place == "GPU"}
+        if "GPU" in places and name == "numpy" and not kwargs.get("force"):
+            raise RuntimeError("numpy cannot read the memory of a GPU")
+        if places >= {"CPU", "GPU"} and name not in ("to", "copy_", "__getitem__", "__setitem__"):
+            raise RuntimeError(f"{name} of tensors of CPU and GPU")
+        results = function(*args, **kwargs)
+        moved = name == "to" and any(isinstance(x, torch.device) for x in args)
+        if name == "cpu":
+            results, place = results.clone(), "CPU"
+        elif moved or kwargs.get("device") is not None:
+            place = "GPU"
+        elif not inputs:
+            place = "CPU"
+        else:
+            place = "GPU" if "GPU" in places else "CPU" if "CPU" in places else None
+        for x in tensors(results):
+            if moved or memory(x) not in inputs:
+                self.places[memory(x)] = place
+        return results
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """Lets `capture` record and replay such graphs, with optimizers as they are on a GPU."""
@@ -119,11 +153,14 @@ def packed(function):
 
 
 def compare(module, monkeypatch, args):
-    """Train eagerly and with graphs."""
+    """Train eagerly, with an eye on where tensors are, and with graphs."""
     capture, histories, agents = module.capture, [], []
-    for wrap in (lambda function: function, lambda function: capture(function, GPU)):
+    for watch, wrap in ((Places(), lambda function: function),
+                        (contextlib.nullcontext(), lambda function: capture(function, GPU))):
         monkeypatch.setattr(module, "capture", lambda function, device: packed(wrap(function)))
-        agent, history = module.train(args)
+        with watch:
+            agent, history = module.train(args)
+            module.evaluate(agent, args, 1)
         agents.append(agent.state_dict()), histories.append(timeless(history))
     assert Graph.replays > 5
     assert same(*histories) and same(*agents)
@@ -165,6 +202,19 @@ def test_a_graph_repeats_what_it_recorded_and_no_more(script, module, graphs):
     torch.manual_seed(0)
     expected = [k + torch.rand(2) for k in (1, 2, 3, 4, 5, 7)]
     assert same(results, expected)
+
+
+def test_what_mixes_tensors_of_cpu_and_gpu_is_refused():
+    device = torch.device("cpu")
+    with Places():
+        here, there = torch.ones(2), torch.ones(2, device=device)
+        there += torch.ones(())  # a single number may come from the CPU
+        assert there.cpu().numpy().sum() == 4 and here.numpy().sum() == 2
+        with pytest.raises(RuntimeError, match="add of tensors of CPU and GPU"):
+            here + there
+        with pytest.raises(RuntimeError, match="numpy cannot read"):
+            (2 * there).numpy()
+        assert torch.equal(there, 2 * torch.from_numpy(here.numpy()).to(device))
 
 
 @pytest.mark.parametrize("wait", [
