@@ -76,7 +76,7 @@ class Args:
 
 
 MUJOCO = dict(num_envs=16, num_steps=16, learning_rate=2e-3, gae_lambda=0.95, log_std=-0.5)
-PRESETS = {  # what is known to work; keys may be patterns
+PRESETS = {  # what is known to work (for ALE, in the literature); keys may be patterns
     "CartPole-v1": dict(total_timesteps=60_000, num_steps=16, learning_rate=3e-3,
                         gae_lambda=0.95),
     "Acrobot-v1": dict(total_timesteps=300_000, num_envs=16, num_steps=16, learning_rate=3e-3,

@@ -80,7 +80,7 @@ class Args:
 
 
 MUJOCO = dict(vf_coef=0.25, recompute_advantages=True)
-PRESETS = {  # what is known to work; keys may be patterns
+PRESETS = {  # what is known to work (for ALE, in the literature); keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, num_steps=64, num_minibatches=4,
                         learning_rate=1e-3, norm_obs=False),
     "Acrobot-v1": dict(total_timesteps=300_000, num_envs=4, num_minibatches=16,
