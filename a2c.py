@@ -8,7 +8,7 @@ length, environments in parallel give it in variety.
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
-(2)  returns = advantages + V(obs)
+(2)  returns = advantages + V(obs), where rewards, V and returns are in units of return_norm.std
 (3)  policy_loss = -E[log pi(actions | obs) * advantages]
 (4)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2] - ent_coef * E[entropy(pi)]
 
@@ -66,7 +66,7 @@ class Args:
     shared_network: bool = arg(False, "one pair of hidden layers for both; for images always")
     log_std: float = arg(0.0, "log of actions' first deviation, relative to half their range")
     norm_obs: bool = arg(True, "standardise vector observations by running statistics")
-    norm_returns: bool = arg(True, "scale the returns by their running deviation")
+    norm_returns: bool = arg(True, "divide rewards by the running deviation of the returns")
 
     def __init__(self, **given):
         """What is given beats the environment's preset, which beats the default."""
@@ -98,7 +98,7 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        """Merge the moments of x (B, *shape), taken about the old mean so as to lose no digits."""
+        """Merge the moments of x (B, *shape), taken about the old mean to keep their digits."""
         first, second = (x - self.mean).mean(0), (x - self.mean).square().mean(0)
         average(first, second)
         self.count += len(x)
@@ -141,7 +141,7 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        outputs = int(action_space.n if self.discrete else np.prod(action_space.shape))
+        outputs = gym.spaces.flatdim(action_space)  # one per action, or per part of one
         if len(obs_space.shape) == 3:
             self.encoder, sizes = NatureCNN(obs_space.shape), [512]
         else:
@@ -209,8 +209,7 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 def explained_variance(values, returns):
     """1 where V foretells every return, 0 where a constant would do as well."""
-    variance = returns.var(correction=0).clamp(min=1e-8)
-    return 1 - (returns - values).var(correction=0) / variance
+    return 1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
 
 
 def train(args, resume=""):
@@ -220,12 +219,9 @@ def train(args, resume=""):
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten(agent)
     learning_rate = torch.tensor(args.learning_rate, device=device)
-    if args.optimizer == "adam":
-        optimizer = torch.optim.Adam([weights], learning_rate, eps=1e-5, fused=True,
+    kind = dict(adam=functools.partial(torch.optim.Adam, fused=True), rmsprop=torch.optim.RMSprop)
+    optimizer = kind[args.optimizer]([weights], learning_rate, eps=1e-5,
                                      capturable=device.type == "cuda")
-    else:
-        optimizer = torch.optim.RMSprop([weights], learning_rate, eps=1e-5,
-                                        capturable=device.type == "cuda")
     # By its name, as the state of one kind of optimizer is of no use to the other.
     run = Run(args, envs, resume, agent=agent, **{args.optimizer: optimizer})
 

@@ -22,7 +22,7 @@ the next generation to the best, ES climbs an estimated gradient, CMA-ES learns 
 
 Szita and Lorincz 2006 (CEM), Salimans et al. 2017, arXiv:1703.03864 (ES), Hansen 2016,
 arXiv:1604.00772 (CMA-ES). Several processes draw the same noise and each plays with a part of the
-population, so that only returns travel. Where most versions of ES rank equal returns by position,
+population, so that only sums travel. Where most versions of ES rank equal returns by position,
 which makes a slope of a plateau, here they share a rank. Example: --env CartPole-v1 --method es
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
@@ -80,19 +80,18 @@ PRESETS = {  # what is known to work; keys may be patterns
                         learning_rate=0.1, weight_decay=0.3),
     "InvertedPendulum-v5": dict(total_timesteps=100_000, es_sigma=0.1, learning_rate=0.05),
     "HalfCheetah-v5": dict(population=16, elite_fraction=0.3, init_sigma=0.05, min_sigma=0.02),
-    "Swimmer-v5": dict(pairs=1, norm_obs=False)}
+    "Swimmer-v5": dict(total_timesteps=2_000_000, norm_obs=False, es_sigma=0.1)}
 ACTION_SPACES = "Discrete", "Box"
 
 
 # ===================================================================================== Networks
 class RunningNorm(nn.Module):
-    """Standardises (..., size) by the mean and deviation of all that `update` was told of."""
+    """Standardises (..., size) by the mean and deviation of all that `update` was given."""
 
     def __init__(self, size):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.ones(size))
-        self.register_buffer("sums", torch.zeros(1 + 2 * size, dtype=torch.double))
+        self.mean, self.std = nn.Buffer(torch.zeros(size)), nn.Buffer(torch.ones(size))
+        self.sums = nn.Buffer(torch.zeros(1 + 2 * size, dtype=torch.double))
 
     def update(self, sums):
         """Add the number of new vectors, their sum and the sum of their squares."""
@@ -111,7 +110,7 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        outputs = int(action_space.n if self.discrete else np.prod(action_space.shape))
+        outputs = gym.spaces.flatdim(action_space)  # one per action, or per part of one
         inputs = obs_space.shape[0] * (64 if len(obs_space.shape) == 3 else 1)
         self.norm = RunningNorm(inputs) if args.norm_obs else nn.Identity()
         sizes = [inputs, *[args.hidden_size] * (2 if args.hidden_size else 0), outputs]
@@ -266,7 +265,7 @@ def train(args, resume=""):
     num_envs = min(args.num_envs, len(mine))
     envs = Envs(args.env, num_envs, device, [Rest])
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
-    search = Search(args.method, agent.weights.data,
+    search = Search(args.method, agent.weights.data,  # in place: its mean is the agent's weights
                     args.es_sigma if args.method == "es" else args.init_sigma)
     run = Run(args, envs, resume, agent=agent, search=search)
     act = capture(agent.policies, device)

@@ -19,9 +19,10 @@ learn from a buffer of old transitions, towards slowly moving copies of themselv
 
 Lillicrap et al. 2015, arXiv:1509.02971; (3) is Silver et al. 2014. As in most later work there is
 no batch normalisation and no weight decay, the critic sees the action from its first layer on, the
-first actions are uniform, and the default noise is Gaussian. Both networks take their steps at
-once; both see images through one encoder, which learns from the critic's loss; and where a time
-limit cuts an episode off, the value of the state goes on. Example: --env HalfCheetah-v5
+first actions are uniform, and the default noise is Gaussian. Both networks take their steps at once
+and with one learning_rate; both see images through one encoder, which learns from the critic's
+loss. In (5) actions are as if bounded by -1 and 1. And where a time limit cuts an episode off, the
+value of its last state stands in for the rest. Example: --env HalfCheetah-v5
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -115,9 +116,8 @@ class Agent(nn.Module):
             raise UserError(f"{args.env} has actions without finite bounds or room between, which "
                             f"{NAME} does not take; these scripts do: reinforce, a2c, ppo, trpo, "
                             "cem_es, mbrl_mpc")
-        for name, bound in dict(low=low, high=high, center=(low + high) / 2,
-                                scale=(high - low) / 2).items():
-            self.register_buffer(name, bound)
+        self.low, self.high = nn.Buffer(low), nn.Buffer(high)
+        self.center, self.scale = nn.Buffer((low + high) / 2), nn.Buffer((high - low) / 2)
         if len(obs_space.shape) == 3:
             self.encoder, size = NatureCNN(obs_space.shape), 512
         else:
@@ -228,7 +228,7 @@ def train(args, resume=""):
         return agent.act(obs, noise=noise)
 
     def update(obs, actions, next_obs, rewards, terminations):
-        """Take one Adam step on a batch (B, ...) and let the target follow; return the losses."""
+        """Take one Adam step on a batch (B, ...) and let the target follow; return losses and Q."""
         with torch.no_grad():
             features = target.encoder(next_obs)
             next_values = target.q_values(features, target.mu(features))

@@ -7,9 +7,9 @@ replay buffer, and with the next values of a target network that stands still fo
 
 (1)  td_target = sum_{k < n} gamma^k * rewards[t + k] + gamma^n * (1 - terminations) * next_value,
      n = n_step, or fewer where the episode ends before
-(2)  next_value = target_Q(next_obs, a) of the a with the highest target_Q, or if double, Q
+(2)  next_value = target_Q(next_obs, a) with a = argmax target_Q(next_obs, .), or if double argmax Q
 (3)  loss = E[importance * huber(Q(obs, actions) - td_target)]
-(4)  target_weights = weights every target_every steps, or without target_every at each update
+(4)  target_weights = weights every target_every steps or, if target_every is 0, at each update
      target_weights = target_weights + tau * (weights - target_weights)
 (5)  actions = argmax_a Q(obs, a), but with probability epsilon any; or, if boltzmann, draws from
      softmax(Q(obs, .) / temperature); epsilon or temperature falls linearly
@@ -25,8 +25,8 @@ replay buffer, and with the next values of a target network that stands still fo
 
 Mnih et al. 2015, Nature 518; double is arXiv:1509.06461, dueling arXiv:1511.06581, prioritized
 arXiv:1511.05952, and n-step as in arXiv:1710.02298. V and A share all layers but the last here,
-rewards are not clipped, and where a time limit cuts an episode off, the value of the state goes on.
-Example: --env Acrobot-v1
+rewards are not clipped, and where a time limit cuts an episode off, the value of its last state
+stands in for the rest. Example: --env Acrobot-v1
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -65,7 +65,7 @@ class Args:
     anneal: bool = arg(True, "lower learning_rate linearly to 0")
     gamma: float = arg(0.99, "discount factor", 0, 1)
     target_every: int = arg(250, "steps between copies into the target; 0 is to follow by tau", 0)
-    tau: float = arg(0.005, "how far the target moves to the network at each update", 0, 1)
+    tau: float = arg(0.005, "how far the target moves at each update if target_every is 0", 0, 1)
     exploration: typing.Literal["epsilon", "boltzmann"] = arg("epsilon", "epsilon or boltzmann (5)")
     exploration_start: float = arg(1.0, "epsilon or temperature at the first step", 0)
     exploration_end: float = arg(0.05, "epsilon or temperature in the end", 0)
@@ -73,10 +73,10 @@ class Args:
     double: bool = arg(True, "let Q choose the action that the target network values (2)")
     dueling: bool = arg(False, "split Q into the state's value and the actions' advantages (7)")
     prioritized: bool = arg(False, "draw transitions by their last error (6)")
-    alpha: float = arg(0.6, "how much (6) heeds the errors", 0)
-    beta: float = arg(0.4, "how much of that importance corrects at first", 0, 1)
+    alpha: float = arg(0.6, "exponent of the errors in (6); 0 draws all alike", 0)
+    beta: float = arg(0.4, "exponent of the importance in (6), rising linearly to 1", 0, 1)
     n_step: int = arg(1, "rewards in (1) before the next value", 1)
-    frame_stack: int = arg(1, "frames in each image; of more than one the buffer keeps the last", 1)
+    frame_stack: int = arg(1, "frames that env itself stacks in an image; only the last is kept", 1)
     scale_obs: bool = arg(False, "stretch the bounds of vector observations over [-1, 1]")
     hidden_size: int = arg(256, "units in each of the two hidden layers", 1)
 
@@ -119,7 +119,8 @@ class NatureCNN(nn.Sequential):
 
 class MLP(nn.Sequential):
     def __init__(self, *sizes):
-        layers = [layer for n, m in zip(sizes, sizes[1:]) for layer in (nn.Linear(n, m), nn.ReLU())]
+        layers = [layer for n, m in zip(sizes, sizes[1:])
+                  for layer in (nn.Linear(n, m), nn.ReLU(inplace=True))]
         super().__init__(*layers[:-1])
 
     def forward(self, x):
@@ -211,8 +212,8 @@ class ReplayBuffer:
             x.index_copy_(0, index, new)
 
     def sample(self, batch_size, gamma, n_step, beta=None):
-        """Indices (B,), transitions (B, ...) of n_step rewards, and their importance: all are as
-        likely or, with beta, as their priorities say."""
+        """Indices (B,), transitions (B, ...) of n_step rewards, and their importance; each is as
+        likely as the others or, with beta, in proportion to its priority."""
         obs, begins, actions, next_obs, rewards, terminations, priorities = self.flat
         filled = min(self.count, self.rows) * self.num_envs
         # After the newest row comes the oldest, which does not go on with the episode.
@@ -344,10 +345,10 @@ def train(args, resume=""):
     update = capture(update, device)
     while run.step < args.total_timesteps:
         run.checkpoint()
-        done = run.step / args.total_timesteps
-        optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - done * args.anneal))
-        beta = args.beta + (1 - args.beta) * done if args.prioritized else None
-        explored = min(done / args.exploration_fraction, 1)
+        progress = run.step / args.total_timesteps
+        optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - progress * args.anneal))
+        beta = args.beta + (1 - args.beta) * progress if args.prioritized else None
+        explored = min(progress / args.exploration_fraction, 1)
         level = args.exploration_start + explored * (args.exploration_end - args.exploration_start)
         noises = draw_noise((args.train_every, args.num_envs, agent.num_actions), args.exploration,
                             level if run.step >= args.learning_starts else 1e20, device)

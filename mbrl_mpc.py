@@ -8,13 +8,14 @@ differ, so a plan is judged by the mean return of particles that follow several 
 
 (1)  member e:  (next_obs - obs, rewards) ~ Normal(mean_e, exp(log_var_e / 2)) and
                 P(termination) = sigmoid(logit_e), all of them functions of (obs, actions)
-(2)  loss = E[counts * (((delta - mean)^2 / exp(log_var) + log_var) / 2 - log P(terminations))]
+(2)  loss = E[counts * (w * ((delta - mean)^2 / exp(log_var) + log_var) / 2 - log P(terminations))]
+     with w = exp(log_var), held fixed, and delta = (next_obs - obs, rewards), standardised
 (3)  next_obs = obs + mean_e + exp(log_var_e / 2) * noise, with e drawn anew at every step (ts1)
                 or once for each particle (tsinf); or obs + the mean of all mean_e (mean)
 (4)  return of a plan = sum over t of gamma^t * (alive[t] * rewards[t] + after[t])
                 alive[t + 1] = alive[t] * (1 - ends[t])
                 after[t + 1] = after[t] + alive[t] * ends[t] * min(rewards[t], 0)
-(5)  mean, std = those of the elites, the best of the plans drawn from Normal(mean, std)
+(5)  mean, std = those of the elites, the best plans drawn from Normal(mean, std); std has a floor
 (6)  value_loss = E[(V(obs) - rewards - gamma * (1 - terminations) * target_V(next_obs))^2];
      if terminal_value, gamma^horizon * (alive * V + (1 - alive) * min(V, 0)), where both are
      those of step horizon, is a part of (4)
@@ -25,14 +26,14 @@ differ, so a plan is judged by the mean return of particles that follow several 
             execute the first action of the mean; the others begin the next plan
         refit the statistics to all transitions and take num_updates Adam steps on (2) and (6)
 
-Version 0.5 plans with a model of random data (--learning-starts of all steps but the last round's),
-1.0 adds the data of its plans but follows each for long (--replan-every 10), 1.5 replans at every
-step, and an ensemble makes it PETS (Chua et al. 2018, arXiv:1805.12114). --planner random takes the
-best of `population` random plans. All plans share one noise (3), so that luck favours none.
-Where plans last equally long, as on CartPole, only V tells what the end of one is worth (Lowrey et
-al. 2019, arXiv:1811.01848); like the rest it learns from all data, whichever plans they are of.
-An imagined end, unlike a real one, does not end costs: (4) repeats a negative last reward, or plans
-would flee into whatever the model takes for an end. Example: --env Pendulum-v1
+Version 0.5 of Levine's CS 285 plans with a model of random data (--learning-starts as late as may
+be), 1.0 adds the data of its plans but follows each for long (--replan-every 10), 1.5 replans at
+every step, and an ensemble makes it PETS (Chua et al. 2018, arXiv:1805.12114). --planner random
+takes the best of `population` random plans. All plans share one noise (3), so that luck favours
+none. Where plans last equally long, as on CartPole, only V tells what the end of one is worth
+(Lowrey et al. 2019, arXiv:1811.01848); like the rest it learns from all data, whichever plans they
+are of. An imagined end, unlike a real one, does not end costs: (4) repeats a negative last reward,
+or plans would flee into whatever the model takes for an end. Example: --env Pendulum-v1
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -75,12 +76,12 @@ class Args:
     gamma: float = arg(0.99, "discount factor", 0, 1)
     horizon: int = arg(25, "steps of a plan", 1)
     replan_every: int = arg(1, "steps that a plan is followed, unless an episode begins", 1)
-    population: int = arg(200, "plans in a round", 1)
-    elites: int = arg(20, "best plans of a round, which the next round resembles", 1)
+    population: int = arg(200, "plans in a round of cem", 1)
+    elites: int = arg(20, "best plans of a round of cem, which the next one resembles", 1)
     rounds: int = arg(3, "rounds of cem", 1)
-    terminal_value: bool = arg(False, "add the value of where a plan leads to its return (6)")
+    terminal_value: bool = arg(False, "add to a plan's return the value of where it leads (6)")
     tau: float = arg(0.1, "how far the target of V moves to V at each update", 0, 1)
-    sigma: float = arg(0.5, "first deviation of Box plans, relative to half their range", 0)
+    sigma: float = arg(0.5, "cem's first deviation of Box plans, relative to half their range", 0)
     correlation: float = arg(0.7, "that of the deviations of successive actions", 0, 0.99)
 
     def __init__(self, **given):
@@ -108,8 +109,7 @@ class Norm(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.ones(size))
+        self.mean, self.std = nn.Buffer(torch.zeros(size)), nn.Buffer(torch.ones(size))
 
     def fit(self, x):
         average(mean := x.mean(0))
@@ -158,7 +158,7 @@ class Model(nn.Module):
             self.critic[0].fit(obs)
 
     def loss(self, obs, actions, next_obs, rewards, terminations, beta=0):
-        """The loss (2) of each transition (E, B); with beta 1 squares weigh the same everywhere."""
+        """The loss (2) of each transition (E, B), not yet times counts; w = exp(beta * log_var)."""
         mean, log_var, logit = self(obs, actions)
         delta = self.targets(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
         losses = ((delta - mean).square() / log_var.exp() + log_var) / 2
@@ -194,7 +194,8 @@ class Agent(nn.Module):
             raise UserError(f"{NAME} imagines observations number by number, for which images are "
                             "too large; these scripts take them: reinforce, a2c, ppo, trpo, dqn, "
                             "ddpg, naf, cem_es")
-        if args.planner == "cem" and args.elites > args.population:
+        self.rounds, self.elites = (args.rounds, args.elites) if args.planner == "cem" else (1, 1)
+        if self.elites > args.population:
             raise UserError(f"{args.elites} elites are more than the population, {args.population}")
         if args.num_particles % args.ensemble_size:
             raise UserError(f"{args.num_particles} particles cannot be shared equally by an "
@@ -235,9 +236,9 @@ class Agent(nn.Module):
         """All that planning leaves to chance: draws of plans, noise, the order of particles."""
         args, options = self.args, dict(device=self.center.device)
         options["generator"] = torch.Generator(**options).manual_seed(0) if fixed else None
-        rounds, size = args.rounds if args.planner == "cem" else 1, len(self.center)
+        shape = self.rounds, args.population, args.horizon, len(self.center)
         # Correlated in time, as in iCEM (arXiv:2008.06389): to shake to and fro leads nowhere.
-        draws = self.smooth @ torch.randn(rounds, args.population, args.horizon, size, **options)
+        draws = self.smooth @ torch.randn(shape, **options)
         draws[:, 0] = 0  # the mean itself, or of discrete actions the median, takes part
         particles = args.horizon, args.num_particles
         noise = torch.randn(*particles, 1, len(self.model.targets.mean), **options)
@@ -286,7 +287,7 @@ class Agent(nn.Module):
         def score(plans):
             return self.imagine(obs, plans, self.discounts, *luck)
 
-        return cem(score, draw, mean, std, draws, args.elites if args.planner == "cem" else 1)
+        return cem(score, draw, mean, std, draws, self.elites)
 
     @torch.inference_mode()
     def begin(self, begins):
@@ -300,7 +301,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False):
-        """The first actions (N,) or (N, A) of plans for obs; if deterministic, without luck."""
+        """The first actions (N,) or (N, A) of plans for obs; if deterministic, with fixed luck."""
         if self.plans is None or len(self.plans) != len(obs):
             self.begin(obs.new_ones(len(obs)))
         self.plans = torch.cat([self.plans[:, 1:], self.center.expand_as(self.plans[:, :1])], 1)
@@ -318,8 +319,7 @@ class Data:
         self.data = []
 
     def add(self, *transitions):
-        old = self.data or [x[:0] for x in transitions]
-        self.data = [torch.cat(x) for x in zip(old, transitions)]
+        self.data = [torch.cat(x) for x in zip(self.data, transitions)] or list(transitions)
 
     def sample(self, *shape):
         """Any transitions (*shape, ...), each as likely as the others."""
@@ -376,13 +376,14 @@ def train(args, resume="", reward=None, termination=None):
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam([weights], learning_rate, fused=True,
                                  capturable=device.type == "cuda")
-    data = Data()  # of several processes a checkpoint keeps the first one's, for all to resume with
+    data = Data()
+    # Each process gathers its own data; a checkpoint keeps the first's, and all resume with it.
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, data=data)
 
     def update(obs, actions, next_obs, rewards, terminations, counts):
         """Take one Adam step on a batch (B, ...) for each of E members; return V's loss."""
-        # Here the variance, held fixed, weighs (2), or what is predicted well would leave the rest
-        # no gradient (Seitzer et al. 2022, arXiv:2203.09168).
+        # Without the weight w what is predicted well would leave the rest hardly any gradient
+        # (Seitzer et al. 2022, arXiv:2203.09168). What is logged has w = 1 and no counts.
         losses = model.loss(obs, actions, next_obs, rewards, terminations, beta=1)
         loss = (counts * losses).mean(1).sum()                                              # (2)
         value_loss = torch.zeros_like(loss)
@@ -400,8 +401,8 @@ def train(args, resume="", reward=None, termination=None):
 
     @torch.inference_mode()
     def judge(plans, obs, actions, next_obs, rewards, terminations, dones):
-        """For a rollout (T, N, ...) that the model has yet to learn: its loss (2), the return (4)
-        that it predicted for the first plan, and the one that came of it."""
+        """For a rollout (T, N, ...) that the model has yet to learn: its loss, the return (4)
+        that it predicted for the first plan, and the one had by replanning from there."""
         batch = (x.flatten(0, 1).expand(args.ensemble_size, -1, *x.shape[2:])
                  for x in (obs, actions, next_obs, rewards, terminations))
         # After a truncation nobody knows what would have followed; there both sums stop.
@@ -440,7 +441,7 @@ def train(args, resume="", reward=None, termination=None):
             run.progress()
         if plans:
             with torch.no_grad():
-                model_loss = model.loss(*batch).mean()                                      # (2)
+                model_loss = model.loss(*batch).mean()
             run.log(model_loss=model_loss, value_loss=value_loss, validation_loss=validation_loss,
                     predicted_return=predicted, realised_return=realised)
     run.finish()

@@ -19,10 +19,11 @@ mu. It learns from a buffer of old transitions, towards a slowly moving copy of 
             let the target follow (4)
 
 Gu et al. 2016, arXiv:1603.00748, without its imagined rollouts. As in later work there is no batch
-normalisation, the first actions are uniform, and gradients are clipped. P measures actions in parts
-of their bounds. While V is still far off, fitting it drives mu to some bound, where neither tanh
-nor a P that vanishes would let it go: so the diagonal of L exceeds 1, and (2) holds u back. And
-where a time limit cuts an episode off, the value of the state goes on. Example: --env Pendulum-v1
+normalisation, the first actions are uniform, and gradients are clipped. In (2), (3) and (5) actions
+are as if bounded by -1 and 1. While V is still far off, fitting it drives mu to some bound, where
+neither tanh nor a P that vanishes would let it go: so the diagonal of L exceeds 1, and (2) holds u
+back. And where a time limit cuts an episode off, the value of its last state stands in for the
+rest. Example: --env Pendulum-v1
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -108,7 +109,7 @@ class MLP(nn.Sequential):
 
 
 class Agent(nn.Module):
-    """The quadratic Q: its maximum V, where that is, mu, which is the policy, and how steep, L."""
+    """The quadratic Q: its maximum V, the policy mu, where that is, and L, how steep Q is."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
@@ -118,9 +119,8 @@ class Agent(nn.Module):
             raise UserError(f"{args.env} has actions without finite bounds or room between, which "
                             f"{NAME} does not take; these scripts do: reinforce, a2c, ppo, trpo, "
                             "cem_es, mbrl_mpc")
-        for name, bound in dict(low=low, high=high, center=(low + high) / 2,
-                                scale=(high - low) / 2).items():
-            self.register_buffer(name, bound)
+        self.low, self.high = nn.Buffer(low), nn.Buffer(high)
+        self.center, self.scale = nn.Buffer((low + high) / 2), nn.Buffer((high - low) / 2)
         if len(obs_space.shape) == 3:
             self.encoder, size = NatureCNN(obs_space.shape), 512
         else:
@@ -239,7 +239,7 @@ def train(args, resume=""):
         return agent.act(obs, noise=noise)
 
     def update(obs, actions, next_obs, rewards, terminations):
-        """Take one Adam step on a batch (B, ...) and let the target follow; return the loss."""
+        """Take one Adam step on a batch (B, ...) and let the target follow; return loss and Q."""
         with torch.no_grad():
             next_values, _, _, _ = target.heads(next_obs)
             targets = td_target(rewards, next_values, terminations, args.gamma)             # (1)

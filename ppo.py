@@ -7,7 +7,7 @@ under the new and the old policy, and clips the ratio so that moving it far from
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
-(2)  returns = advantages + V(obs)
+(2)  returns = advantages + V(obs), where rewards, V and returns are in units of return_norm.std
 (3)  ratio = pi(actions | obs) / pi_old(actions | obs)
 (4)  policy_loss = -E[min(ratio * advantages, clip(ratio, 1 -+ clip_coef) * advantages)]
 (5)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2] - ent_coef * E[entropy(pi)]
@@ -70,7 +70,7 @@ class Args:
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
     log_std: float = arg(0.0, "log of actions' first deviation, relative to half their range")
     norm_obs: bool = arg(True, "standardise vector observations by running statistics")
-    norm_returns: bool = arg(True, "scale the returns by their running deviation")
+    norm_returns: bool = arg(True, "divide rewards by the running deviation of the returns")
 
     def __init__(self, **given):
         """What is given beats the environment's preset, which beats the default."""
@@ -83,8 +83,7 @@ MUJOCO = dict(vf_coef=0.25, recompute_advantages=True)
 PRESETS = {  # what is known to work (for ALE, in the literature); keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, num_steps=64, num_minibatches=4,
                         learning_rate=1e-3, norm_obs=False),
-    "Acrobot-v1": dict(total_timesteps=300_000, num_envs=4, num_minibatches=16,
-                       learning_rate=6e-4),
+    "Acrobot-v1": dict(total_timesteps=300_000, num_envs=4, num_minibatches=16, learning_rate=6e-4),
     "Pendulum-v1": dict(total_timesteps=100_000, gamma=0.95, learning_rate=1e-3, norm_obs=False,
                         recompute_advantages=True),
     "LunarLander-v3": dict(num_envs=16, num_minibatches=64, gamma=0.999, gae_lambda=0.98,
@@ -109,7 +108,7 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        """Merge the moments of x (B, *shape), taken about the old mean so as to lose no digits."""
+        """Merge the moments of x (B, *shape), taken about the old mean to keep their digits."""
         first, second = (x - self.mean).mean(0), (x - self.mean).square().mean(0)
         average(first, second)
         self.count += len(x)
@@ -152,7 +151,7 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        outputs = int(action_space.n if self.discrete else np.prod(action_space.shape))
+        outputs = gym.spaces.flatdim(action_space)  # one per action, or per part of one
         if len(obs_space.shape) == 3:
             self.encoder, sizes = NatureCNN(obs_space.shape), [512]
         else:
@@ -222,8 +221,7 @@ def clipped_surrogate(ratio, advantages, clip_coef):
 
 def explained_variance(values, returns):
     """1 where V foretells every return, 0 where a constant would do as well."""
-    variance = returns.var(correction=0).clamp(min=1e-8)
-    return 1 - (returns - values).var(correction=0) / variance
+    return 1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
 
 
 def train(args, resume=""):
@@ -287,6 +285,7 @@ def train(args, resume=""):
 
         statistics = []
         old_log_probs, entropy, values, advantages, returns = estimate(*rollout)
+        fit = explained_variance(values, returns)  # before V learns from these returns
         for epoch in range(args.update_epochs):
             if epoch and args.recompute_advantages:
                 values, advantages, returns = estimate(*rollout)[2:]
@@ -304,7 +303,7 @@ def train(args, resume=""):
 
         kl, policy_loss, value_loss = torch.stack(statistics).mean(0)
         run.log(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy.mean(), kl=kl,
-                explained_variance=explained_variance(values, returns))
+                explained_variance=fit)
     run.finish()
     return agent, run.history
 

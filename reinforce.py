@@ -7,12 +7,12 @@ the factors pi depend on the weights. So grad J is a mean over episodes, which p
 
     grad J = E[sum over t of grad log pi(actions[t] | obs[t]) * (returns[t] - b(obs[t]))]
 
-Here returns[t] are the rewards from t on, not all: in any state the mean of grad log pi(a) is the
-sum of pi(a) * grad log pi(a) = grad pi(a) over a, the gradient of 1, hence 0. What does not depend
-on the action, like the rewards before it or a baseline b(obs[t]), is multiplied by 0 on average. It
-costs no bias, but a b near the mean of returns[t] takes away most of the estimate's variance.
+Here returns[t] are the rewards from t on only. In any state the mean of grad log pi(a) is the sum
+over a of pi(a) * grad log pi(a) = grad pi(a), the gradient of 1, hence 0. So what the action cannot
+change, like the rewards before it or a baseline b(obs[t]), adds 0 on average: it costs no bias, and
+a b near the mean of returns[t] takes away most of the estimate's variance.
 
-(1)  returns[t] = rewards[t] + gamma * (1 - dones[t]) * returns[t + 1]
+(1)  returns[t] = rewards[t] + gamma * (1 - dones[t]) * returns[t + 1], in units of return_norm.std
 (2)  advantages = returns - b, where b is 0, the mean of all returns of the batch, or V(obs)
 (3)  policy_loss = -E[log pi(actions | obs) * advantages]
 (4)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2], the second term if b is V(obs)
@@ -24,7 +24,7 @@ costs no bias, but a b near the mean of returns[t] takes away most of the estima
 
 Williams 1992, doi:10.1007/BF00992696. As nearly always, E is over steps, and late steps weigh as
 much as early ones though (1) discounts rewards. The mean of a batch contains what followed from the
-very action that it is compared with: a bias of up to one part in num_envs. Where a time limit cuts
+very action that it is compared with: a bias of about one part in num_envs. Where a time limit cuts
 an episode off, V(next_obs), if V is the baseline, stands in for the rest; without a V the rest
 counts as nothing. Example: --env InvertedPendulum-v5 --baseline mean
 """
@@ -56,7 +56,7 @@ class Args:
     run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
     checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
     # The algorithm.
-    max_episode_steps: int = arg(0, "cut episodes off after so many steps; 0 is never", 0)
+    max_episode_steps: int = arg(0, "cut episodes off after so many steps; 0 leaves it to env", 0)
     baseline: typing.Literal["none", "mean", "value"] = arg("value", "b of (2): none, mean, value")
     learning_rate: float = arg(1e-3, "Adam's step size", 0)
     gamma: float = arg(0.99, "discount factor", 0, 1)
@@ -66,7 +66,7 @@ class Args:
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
     log_std: float = arg(0.0, "log of actions' first deviation, relative to half their range")
     norm_obs: bool = arg(True, "standardise vector observations by running statistics")
-    norm_returns: bool = arg(True, "scale the returns by their running deviation")
+    norm_returns: bool = arg(True, "divide rewards by the running deviation of the returns")
 
     def __init__(self, **given):
         """What is given beats the environment's preset, which beats the default."""
@@ -95,7 +95,7 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        """Merge the moments of x (B, *shape), taken about the old mean so as to lose no digits."""
+        """Merge the moments of x (B, *shape), taken about the old mean to keep their digits."""
         first, second = (x - self.mean).sum(0), (x - self.mean).square().sum(0)
         size = torch.full_like(self.count, len(x))  # each process has batches of its own size
         average(size, first, second)
@@ -140,7 +140,7 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        outputs = int(action_space.n if self.discrete else np.prod(action_space.shape))
+        outputs = gym.spaces.flatdim(action_space)  # one per action, or per part of one
         if len(obs_space.shape) == 3:
             self.encoder, sizes = NatureCNN(obs_space.shape), [512]
         else:
@@ -202,8 +202,7 @@ def compute_returns(rewards, next_values, terminations, dones, gamma):
 
 def explained_variance(values, returns):
     """1 where V foretells every return, 0 where a constant would do as well."""
-    variance = returns.var(correction=0).clamp(min=1e-8)
-    return 1 - (returns - values).var(correction=0) / variance
+    return 1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
 
 
 def train(args, resume=""):
@@ -248,15 +247,15 @@ def train(args, resume=""):
         # count: it would add short episodes, which end in time, but no long ones.
         rollout, counts = [], torch.ones(args.num_envs, device=device)
         while counts.any():
-            obs, actions, ended = envs.obs, act(envs.obs), len(envs.episodes)
-            next_obs, rewards, terminations, dones = envs.step(actions)
-            rollout.append((obs, actions, next_obs, rewards, terminations, dones, counts))
-            envs.episodes[ended:] = [x for x in envs.episodes[ended:] if counts[x[0]]]
-            counts = counts * (1 - dones)
+            obs, actions = envs.obs, act(envs.obs)
+            rollout.append((obs, actions, *envs.step(actions), counts))
+            counts = counts * (1 - envs.begins)
             if len(rollout) == 30_000 and not args.max_episode_steps:
-                raise UserError(f"{args.env} goes on for 30,000 steps; if it never ends, cut it "
-                                "off, for example by --max-episode-steps 1000")
-        envs.episodes.sort()  # by environment: those that ended last are the longest
+                raise UserError(f"{args.env} goes on for 30,000 steps; if it never ends, pass "
+                                "--max-episode-steps 1000 or, to have it scored too, register it "
+                                "with max_episode_steps=1000")
+        first = {episode[0]: episode for episode in reversed(envs.episodes)}
+        envs.episodes = sorted(first.values())  # not as they ended, which puts the longest last
         obs, actions, next_obs, rewards, terminations, dones, counts = (
             torch.stack(x) for x in zip(*rollout))  # each (T, N, ...)
         steps = torch.tensor(float(counts.numel()), device=device)

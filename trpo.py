@@ -7,13 +7,13 @@ its weights, turns the gradient accordingly, and goes as far as max_kl lets it.
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
-(2)  returns = advantages + V(obs)
+(2)  returns = advantages + V(obs), where rewards, V and returns are in units of return_norm.std
 (3)  ratio = pi(actions | obs) / pi_old(actions | obs)
 (4)  policy_loss = -E[(ratio - 1) * advantages], 0 at the old policy
 (5)  kl = E[KL(pi_old || pi)], 0 at the old policy, and so is its gradient
 (6)  F v = Hessian of kl at the old policy * v + cg_damping * v
 (7)  F x = g, where g = -gradient of policy_loss, is solved for x by conjugate gradients
-(8)  step = x * sqrt(2 * max_kl / x.g): as x.g is x.F x, kl is about step.F step / 2 = max_kl
+(8)  step = x * sqrt(2 * max_kl / x.g), so that step.F step / 2 = max_kl: kl and what damping adds
 (9)  value_loss = E[(V(obs) - returns)^2]
 
     repeat
@@ -73,7 +73,7 @@ class Args:
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
     log_std: float = arg(0.0, "log of actions' first deviation, relative to half their range")
     norm_obs: bool = arg(True, "standardise vector observations by running statistics")
-    norm_returns: bool = arg(True, "scale the returns by their running deviation")
+    norm_returns: bool = arg(True, "divide rewards by the running deviation of the returns")
 
     def __init__(self, **given):
         """What is given beats the environment's preset, which beats the default."""
@@ -105,7 +105,7 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        """Merge the moments of x (B, *shape), taken about the old mean so as to lose no digits."""
+        """Merge the moments of x (B, *shape), taken about the old mean to keep their digits."""
         first, second = (x - self.mean).mean(0), (x - self.mean).square().mean(0)
         average(first, second)
         self.count += len(x)
@@ -148,7 +148,7 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        outputs = int(action_space.n if self.discrete else np.prod(action_space.shape))
+        outputs = gym.spaces.flatdim(action_space)  # one per action, or per part of one
         if len(obs_space.shape) == 3:
             self.encoder = nn.Identity()
             self.actor, self.critic = (nn.Sequential(NatureCNN(obs_space.shape), nn.Linear(512, n))
@@ -234,7 +234,8 @@ def fisher_product(kl, pi, parameters, damping):
     """The function from v to F v (6) at the policy pi (..., k) that the parameters make.
 
     KL is flat there, so that its Hessian is J^T H J, with J the Jacobian of pi by the parameters
-    and H the Hessian of KL by pi. A backward pass through KL's own, down to pi, gives H J v."""
+    and H the Hessian of KL by pi. Its gradient is J^T slope; v times that, derived by the leaf, is
+    H J v, and J^T times that is F v."""
     leaf = pi.detach().requires_grad_()
     slope, = torch.autograd.grad(kl(pi.detach(), leaf).mean(), leaf, create_graph=True)
     gradient = torch.autograd.grad(pi, parameters, slope, create_graph=True)
@@ -284,8 +285,7 @@ def line_search(weights, step, measure, max_kl, backtrack_coef, tries=10):
 
 def explained_variance(values, returns):
     """1 where V foretells every return, 0 where a constant would do as well."""
-    variance = returns.var(correction=0).clamp(min=1e-8)
-    return 1 - (returns - values).var(correction=0) / variance
+    return 1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
 
 
 def train(args, resume=""):

@@ -372,9 +372,12 @@ def test_explained_variance_is_1_for_a_perfect_critic_and_0_for_a_constant_one()
     assert math.isfinite(ppo.explained_variance(returns, torch.ones(1000)))
 
 
-def test_the_logged_explained_variance_compares_values_with_returns(spy):
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_the_logged_explained_variance_is_that_of_values_which_knew_no_returns(epochs, spy):
     gae = spy(ppo, "compute_gae")
-    _, history = train("Pendulum-v1", total_timesteps=64, update_epochs=1)
+    _, history = train("Pendulum-v1", total_timesteps=64, update_epochs=epochs,
+                       recompute_advantages=True, learning_rate=0.1)
+    assert len(gae) == epochs
     values, returns = gae[0]["values"].numpy(), gae[0]["out"][1].numpy()
     expected = 1 - (returns - values).var() / returns.var()
     assert history[0]["explained_variance"] == pytest.approx(expected, abs=0.01)

@@ -137,8 +137,11 @@ def test_steps_that_were_only_waited_through_are_counted_as_steps(spy):
 
 
 def test_an_environment_that_never_ends_gives_an_error_that_says_what_to_pass(monkeypatch):
-    step = torch.zeros(1, 1), *torch.zeros(3, 1)  # at once, for the thousands of steps it takes
-    monkeypatch.setattr(reinforce.Envs, "step", lambda self, actions: step)
+    def step(self, actions):  # at once, for the thousands of steps it takes
+        self.begins = torch.zeros(1)
+        return torch.zeros(1, 1), *torch.zeros(3, 1)
+
+    monkeypatch.setattr(reinforce.Envs, "step", step)
     with pytest.raises(reinforce.UserError, match="--max-episode-steps 1000"):
         train("probes:Endless-v0", num_envs=1)
 
