@@ -76,7 +76,7 @@ FRESH = [row._replace(seeds=range(6, 11)) for row in ROWS if (row.script, row.en
     ("reinforce", "CartPole-v1"), ("reinforce", "InvertedPendulum-v5"), ("a2c", "HalfCheetah-v5"),
     ("ppo", "Acrobot-v1"), ("trpo", "CartPole-v1"), ("trpo", "Hopper-v5"), ("dqn", "CartPole-v1"),
     ("dqn", "MountainCar-v0"), ("dqn", "Acrobot-v1"), ("naf", "Pendulum-v1"),
-    ("cem_es", "CartPole-v1")}]
+    ("cem_es", "CartPole-v1"), ("cem_es", "Swimmer-v5")}]
 # What each option of a script is worth: fewer steps than it needs, one change at a time.
 ABLATIONS = {
     script: [Row(script, "CartPole-v1", steps, flags=option) for option in options]
