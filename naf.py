@@ -78,7 +78,10 @@ PRESETS = {  # what is known to work; keys may be patterns
     "Pendulum-v1": dict(total_timesteps=20_000, learning_starts=500, batch_size=128, gamma=0.98,
                         hidden_size=128),
     "InvertedPendulum-v5": dict(total_timesteps=100_000, learning_starts=1000, batch_size=64,
-                                hidden_size=64)}
+                                hidden_size=64),
+    "Reacher-v5": dict(total_timesteps=100_000, learning_starts=1000, batch_size=128,
+                       hidden_size=128),
+    "HalfCheetah-v5": dict(learning_starts=5000, batch_size=128)}
 ACTION_SPACES = "Box",
 
 
