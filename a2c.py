@@ -295,7 +295,7 @@ def blame(what):
 
 
 def preset(env):
-    return next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(env, key)), {})
+    return next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(str(env), key)), {})
 
 
 def check(args):
@@ -307,7 +307,7 @@ def check(args):
         with blame(f"{name} cannot be {given!r}"):
             kind = type(known[name].default)
             vars(args)[name] = value = kind(given)  # numpy's numbers would spoil a checkpoint
-            if value != given and str(value) != str(given):
+            if given is None or value != given and str(value) != str(given):
                 raise TypeError(f"it is no {kind.__name__}")
         (low, high), choices = known[name].metadata["limits"], typing.get_args(known[name].type)
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -426,18 +426,15 @@ class Envs:
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
                                     use_fire_reset=False, autoreset_mode="SameStep")
-            else:
-                if atari:  # the fast version can neither be filmed nor wrapped
-                    stack = functools.partial(gym.wrappers.FrameStackObservation, stack_size=4,
-                                              padding_type="zero")
-                    wrappers = *wrappers, gym.wrappers.AtariPreprocessing, stack
-                    kwargs["frameskip"] = 1
-
+            else:  # the fast version of Atari can neither be filmed nor wrapped
                 def make():
-                    env = gym.make(env_id, **kwargs)
-                    for wrapper in (*wrappers, prepare):
+                    env = gym.make(env_id, **kwargs, **dict(frameskip=1) if atari else {})
+                    for wrapper in wrappers:
                         env = wrapper(env)
-                    return env
+                    if atari:
+                        env = gym.wrappers.AtariPreprocessing(env)
+                        env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+                    return prepare(env)
 
                 envs = Serial([make] * num_envs, autoreset_mode="SameStep")
             self.obs_space = envs.single_observation_space
@@ -475,19 +472,18 @@ class Envs:
         with blame(f"{self.id} failed"):
             obs, rewards, terminations, truncations, infos = self.envs.step(actions)
             self.obs = next_obs = self.tensor(obs, self.dtype).view_as(self.obs)
+            dones = terminations | truncations
+            ended = dones.nonzero()[0].tolist()
+            if ended:
+                next_obs = next_obs.clone()
+                next_obs[ended] = self.tensor([infos["final_obs"][i] for i in ended], self.dtype)
         self.returns += rewards
         self.lengths += 1
         if not math.isfinite(self.returns.sum()):
             raise UserError(f"{self.id} gave the rewards {rewards.tolist()}")
-        dones = terminations | truncations
-        if dones.any():
-            ended = dones.nonzero()[0]
-            self.episodes += zip(*(x[ended].tolist() for x in (
-                np.arange(len(dones)), self.returns, self.lengths)))
-            self.returns[ended] = self.lengths[ended] = 0
-            next_obs = next_obs.clone()
-            with blame(f"{self.id} failed"):
-                next_obs[ended] = self.tensor([infos["final_obs"][i] for i in ended], self.dtype)
+        for i in ended:
+            self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
+            self.returns[i] = self.lengths[i] = 0
         rewards, terminations, self.begins = self.tensor([rewards, terminations, dones]).unbind()
         return next_obs, rewards, terminations, self.begins
 
@@ -514,11 +510,11 @@ class Run:
         saved = dict(step=0, history=[], recent=[], seconds=0)
         if resume:
             saved = load(resume, envs.device)
-        with blame(f"{resume} does not fit these settings"):
-            for name in state if resume else ():
-                for group in saved[name].get("param_groups", ()):  # saved on whichever device
-                    group["capturable"] = envs.device.type == "cuda"
-                state[name].load_state_dict(saved[name])
+            with blame(f"{resume} does not fit these settings"):
+                for name in state:
+                    for group in saved[name].get("param_groups", ()):  # saved on whichever device
+                        group["capturable"] = envs.device.type == "cuda"
+                    state[name].load_state_dict(saved[name])
         self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
         self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
         self.began, self.said = time.time() - saved["seconds"], saved["seconds"]
@@ -526,8 +522,6 @@ class Run:
         if self.folder:
             if not resume and os.path.exists(self.folder / "checkpoint.pt"):
                 raise UserError(f"{self.folder} holds a run; --resume goes on with it")
-            with blame(f"cannot write to {self.folder}"):
-                self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(asdict(args), indent=2)
             self.write("args.json", lambda path: path.write_text(text))
             with contextlib.suppress(ImportError):
@@ -553,10 +547,7 @@ class Run:
         if WORLD_SIZE > 1:  # all stop as soon as one is asked to
             average(stop := torch.tensor(float(stop), device=self.envs.device))
         if stop:
-            self.finish()
-            if self.folder:
-                print(f"stopped; --resume {self.folder} goes on from here", file=sys.stderr)
-            raise SystemExit(128 + (Run.signal or signal.SIGTERM))
+            self.finish(stop)
         if due := self.step >= self.due:
             self.save()
             every = self.args.checkpoint_every or max(  # leave episodes the time to end
@@ -578,6 +569,7 @@ class Run:
         """Write beside the file, then rename: neither a kill nor a full disk can break it."""
         if self.folder:
             with blame(f"cannot write {self.folder / name}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
                 write(self.folder / f"{name}.part")
                 os.replace(self.folder / f"{name}.part", self.folder / name)
 
@@ -602,38 +594,39 @@ class Run:
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
             return
-        _, episode_return, episode_length = self.mean_episode()
-        row = {name: float(value) for name, value in metrics.items()}
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {self.step:,}")
-        row = dict(step=self.step, seconds=time.time() - self.began, episode_return=episode_return,
-                   episode_length=episode_length) | row
+        row = dict(step=self.step, seconds=time.time() - self.began)
+        _, row["episode_return"], row["episode_length"] = self.mean_episode()
+        for name, value in metrics.items():
+            row[name] = float(value)
+            if not math.isfinite(row[name]):
+                raise FloatingPointError(f"{name} is {row[name]} at step {self.step:,}")
         self.history.append(row)
-        rows = [row, *(row.values() for row in self.history)]
-        self.write("metrics.csv", lambda path: path.write_text(
-            "".join(",".join(map(str, row)) + "\n" for row in rows)))
+        rows = [",".join(map(str, x)) for x in (row, *(x.values() for x in self.history))]
+        self.write("metrics.csv", lambda path: path.write_text("\n".join(rows) + "\n"))
         for name, value in row.items() if self.board else ():
             self.board.add_scalar(name, value, self.step)
 
-    def finish(self):
-        """Save what there is and draw the learning curve."""
+    def finish(self, stop=0):
+        """Save what there is, draw the learning curve and, if asked to stop, leave."""
         self.progress(always=True)
         self.save()
-        if not self.folder:
-            return
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            print("learning_curve.png needs matplotlib", file=sys.stderr)
-            return
-        axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
-        axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
-        axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
-                 xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(alpha=0.3)
-        self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
+        if self.folder:
+            try:
+                from matplotlib.figure import Figure
+                figure = Figure((7, 4), dpi=150, layout="constrained")
+                axes = figure.subplots()
+                axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
+                axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
+                         xlabel="environment steps", ylabel="return, mean of 20 episodes")
+                axes.xaxis.set_major_formatter("{x:,.0f}")
+                axes.grid(alpha=0.3)
+                self.write("learning_curve.png", lambda path: figure.savefig(path, format="png"))
+            except ImportError:
+                print("learning_curve.png needs matplotlib", file=sys.stderr)
+        if stop or Run.signal:
+            if self.folder:
+                print(f"stopped; --resume {self.folder} goes on from here", file=sys.stderr)
+            raise SystemExit(128 + (Run.signal or signal.SIGTERM))
 
 
 def evaluate(agent, args, episodes=100, **kwargs):
@@ -672,17 +665,12 @@ def main():
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)
         help = f"{f.metadata['help']} ({f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
-
-    def fail(message, code=2):
-        print(f"{NAME}.py: {message}", file=sys.stderr)
-        raise SystemExit(code)
-
     codes = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130, BrokenPipeError: 141}
-    parser.error = fail
+    parser.error = lambda message: parser.exit(2, f"{NAME}.py: {message}\n")
     given = vars(parser.parse_args())
     episodes, video, render = (given.pop(name) for name in ("episodes", "video", "render"))
     if episodes < 1:
-        fail(f"episodes is {episodes}, which is not at least 1")
+        parser.error(f"episodes is {episodes}, which is not at least 1")
     resume, score = given.pop("resume", ""), given.pop("evaluate", "")
     try:
         saved = load(resume or score) if resume or score else dict(args={})
@@ -691,36 +679,35 @@ def main():
             re.sub("[:/]", "-", args.env), NAME, args.seed, time.strftime("%y%m%d-%H%M%S"),
             os.getpid())
         if score:
-            envs, history = Envs(args.env, 1, setup(args)), saved["history"]
+            envs, history = Envs(args.env, 1, setup(args)), saved["history"] or [saved]
             agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
             with blame(f"{score} does not fit these settings"):
                 agent.load_state_dict(saved["agent"])
         else:
+            del saved  # the buffer of a resumed run would stay in memory twice
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, Run.ask_to_stop)
             agent, history = train(args, resume)
-            if Run.signal:
-                fail(f"stopped; --resume {args.run_dir} goes on from here", 128 + Run.signal)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if WORLD_SIZE > 1:
+            torch.distributed.barrier()  # which would not wait as long as a score may take
         if RANK == 0:
             returns = evaluate(agent, args, episodes)
-            step, seconds = ((history or [saved])[-1][name] for name in ("step", "seconds"))
+            step, seconds = history[-1]["step"], history[-1]["seconds"]
             print(f"{args.env}: return {returns.mean():.1f} ± {returns.std():.1f} over {episodes} "
                   f"episodes, {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s; "
                   f"{args.run_dir}")
             if video:
-                folder = f"{args.run_dir}/videos"
-                film = functools.partial(gym.wrappers.RecordVideo, video_folder=folder,
-                                         episode_trigger=lambda episode: episode == 0)
+                film = functools.partial(gym.wrappers.RecordVideo, episode_trigger=lambda i: i == 0,
+                                         video_folder=f"{args.run_dir}/videos")
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
             if render:
                 evaluate(agent, args, 1, render_mode="human")
         if WORLD_SIZE > 1:  # at an ordinary exit gloo's threads now and then abort the process
-            torch.distributed.barrier()
             sys.stdout.flush(), os._exit(0)
     except tuple(codes) as error:
-        fail(str(error) or "interrupted", codes[type(error)])
+        parser.exit(codes[type(error)], f"{NAME}.py: {str(error) or 'interrupted'}\n")
 
 
 if __name__ == "__main__":

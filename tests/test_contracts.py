@@ -213,7 +213,8 @@ def test_settings_of_another_type_become_what_they_stand_for_or_are_refused(scri
     assert type(getattr(args, fraction(module))) is float
     switches = [{field.name: "False"} for field in dataclasses.fields(module.Args)
                 if field.type is bool]
-    for wrong in (dict(num_envs=2.5), dict(seed="three"), dict(seed=None), *switches):
+    for wrong in (dict(num_envs=2.5), dict(seed="three"), dict(seed=None), dict(env=None),
+                  *switches):
         with pytest.raises(module.UserError, match=next(iter(wrong))):
             module.Args(**wrong)
 
