@@ -843,3 +843,9 @@ sys.stdout.flush(), os._exit(0)  # as main() ends
     assert same(module.load(tmp_path / "run")["agent"], a)
     lines = done.stdout.splitlines()
     assert lines and len(set(lines)) == len(lines)  # only one of them speaks
+
+
+def test_a_rank_without_other_processes_silences_nothing():
+    alone = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    done = python("-c", "import ppo; print(ppo.RANK)", cwd=ROOT, env=alone | {"RANK": "1"})
+    assert done.stdout == "0\n", done.stderr
