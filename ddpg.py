@@ -547,7 +547,10 @@ class Run:
         if WORLD_SIZE > 1:  # all stop as soon as one is asked to
             average(stop := torch.tensor(float(stop), device=self.envs.device))
         if stop:
-            self.finish(stop)
+            self.finish()
+            if self.folder:
+                print(f"stopped; --resume {self.folder} goes on from here", file=sys.stderr)
+            raise SystemExit(128 + (Run.signal or signal.SIGTERM))
         if due := self.step >= self.due:
             self.save()
             every = self.args.checkpoint_every or max(  # leave episodes the time to end
@@ -606,27 +609,24 @@ class Run:
         for name, value in row.items() if self.board else ():
             self.board.add_scalar(name, value, self.step)
 
-    def finish(self, stop=0):
-        """Save what there is, draw the learning curve and, if asked to stop, leave."""
+    def finish(self):
+        """Save what there is and draw the learning curve."""
         self.progress(always=True)
         self.save()
-        if self.folder:
-            try:
-                from matplotlib.figure import Figure
-                figure = Figure((7, 4), dpi=150, layout="constrained")
-                axes = figure.subplots()
-                axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
-                axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
-                         xlabel="environment steps", ylabel="return, mean of 20 episodes")
-                axes.xaxis.set_major_formatter("{x:,.0f}")
-                axes.grid(alpha=0.3)
-                self.write("learning_curve.png", lambda path: figure.savefig(path, format="png"))
-            except ImportError:
-                print("learning_curve.png needs matplotlib", file=sys.stderr)
-        if stop or Run.signal:
-            if self.folder:
-                print(f"stopped; --resume {self.folder} goes on from here", file=sys.stderr)
-            raise SystemExit(128 + (Run.signal or signal.SIGTERM))
+        if not self.folder:
+            return
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            print("learning_curve.png needs matplotlib", file=sys.stderr)
+            return
+        axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
+        axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
+        axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
+                 xlabel="environment steps", ylabel="return, mean of 20 episodes")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(alpha=0.3)
+        self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
 
 
 def evaluate(agent, args, episodes=100, **kwargs):
@@ -643,6 +643,8 @@ def evaluate(agent, args, episodes=100, **kwargs):
                 agent.begin(envs.begins)
             envs.step(agent.act(envs.obs, deterministic=True))
             first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
+            if Run.signal:
+                raise SystemExit(128 + Run.signal)
             if steps == 100_000:
                 raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
                                 "needs a time limit, max_episode_steps where it is registered")
@@ -665,13 +667,15 @@ def main():
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)
         help = f"{f.metadata['help']} ({f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
-    codes = {UserError: 2, FloatingPointError: 1, KeyboardInterrupt: 130, BrokenPipeError: 141}
+    codes = {UserError: 2, FloatingPointError: 1, BrokenPipeError: 141}
     parser.error = lambda message: parser.exit(2, f"{NAME}.py: {message}\n")
     given = vars(parser.parse_args())
     episodes, video, render = (given.pop(name) for name in ("episodes", "video", "render"))
     if episodes < 1:
         parser.error(f"episodes is {episodes}, which is not at least 1")
     resume, score = given.pop("resume", ""), given.pop("evaluate", "")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, Run.ask_to_stop)
     try:
         saved = load(resume or score) if resume or score else dict(args={})
         args = Args(**saved["args"] | given)
@@ -685,11 +689,7 @@ def main():
                 agent.load_state_dict(saved["agent"])
         else:
             del saved  # the buffer of a resumed run would stay in memory twice
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, Run.ask_to_stop)
             agent, history = train(args, resume)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if WORLD_SIZE > 1:
             torch.distributed.barrier()  # which would not wait as long as a score may take
         if RANK == 0:
@@ -707,7 +707,7 @@ def main():
         if WORLD_SIZE > 1:  # at an ordinary exit gloo's threads now and then abort the process
             sys.stdout.flush(), os._exit(0)
     except tuple(codes) as error:
-        parser.exit(codes[type(error)], f"{NAME}.py: {str(error) or 'interrupted'}\n")
+        parser.exit(codes[type(error)], f"{NAME}.py: {error}\n")
 
 
 if __name__ == "__main__":
