@@ -102,20 +102,19 @@ class RunningNorm(nn.Module):
 
     def __init__(self, shape):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.ones(shape))
-        self.register_buffer("count", torch.zeros(()))
+        self.mean, self.std = nn.Buffer(torch.zeros(shape)), nn.Buffer(torch.ones(shape))
+        self.sums = nn.Buffer(torch.zeros(3, *shape, dtype=torch.double))  # of x^0, x^1 and x^2
 
     @torch.no_grad()
     def update(self, x):
-        """Merge the moments of x (B, *shape), taken about the old mean to keep their digits."""
-        first, second = (x - self.mean).mean(0), (x - self.mean).square().mean(0)
-        average(first, second)
-        self.count += len(x)
-        weight = len(x) / self.count
-        self.mean += weight * first
-        variance = self.std.square().lerp(second, weight) - (weight * first).square()
-        self.std.copy_(variance.clamp(min=1e-8).sqrt())
+        """Take in x (B, *shape); in double precision, for the sake of means far from 0."""
+        x = x.double()
+        sums = torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
+        average(sums)
+        self.sums += sums
+        mean, square = self.sums[1:] / self.sums[0]
+        self.mean.copy_(mean)
+        self.std.copy_((square - mean.square()).clamp(min=1e-8).sqrt())
 
     def forward(self, x):
         return ((x - self.mean) / self.std).clamp(-10, 10)
@@ -367,7 +366,7 @@ def setup(args):
     name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     with blame(f"device {name} cannot be used"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.double, device=device).item()  # some have no doubles
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(device))  # warm-up must not use the default stream
     torch.set_num_threads(args.threads)

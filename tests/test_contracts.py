@@ -625,6 +625,7 @@ def test_a_checkpoint_of_a_stranger_cannot_run_code(script, module, run, command
     (["--gamma", "1.5"], ["gamma", "1.5"]),
     (["--no-such-flag"], ["--no-such-flag"]),
     (["--device", "no_such_device"], ["no_such_device"]),
+    (["--device", "meta"], ["meta"]),
     (["--resume", "no_such_folder"], ["no_such_folder"]),
     (["--resume", ""], ["no checkpoint"]),  # as of a shell's variable that is not set
     (["--evaluate", ""], ["no checkpoint"]),

@@ -383,7 +383,7 @@ def test_the_logged_explained_variance_is_that_of_values_which_knew_no_returns(e
     assert history[0]["explained_variance"] == pytest.approx(expected, abs=0.01)
 
 
-@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("offset", [0, 1000, 30_000])
 def test_running_norm_knows_the_moments_of_all_it_was_given(offset):
     generator, norm = np.random.default_rng(0), RunningNorm((3,))
     batches = [generator.normal(offset + k, [0.5, 1, 4], (n, 3)).astype(np.float32)
