@@ -288,7 +288,7 @@ def blame(what):
     """Tell any exception of this block as a UserError about `what`."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module may exit when it is imported
         at = traceback.extract_tb(error.__traceback__)[-1]
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{what}: {why} ({os.path.basename(at.filename)}:{at.lineno})") from error
@@ -421,7 +421,7 @@ class Envs:
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
         sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Id may be
         with blame(f"cannot make {env_id}"):
-            if atari := env_id.startswith("ALE/"):
+            if atari := "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,

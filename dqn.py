@@ -96,10 +96,10 @@ PRESETS = {  # what is known to work (for ALE, in the literature); keys may be p
                            exploration_end=0.07, exploration_fraction=0.2, scale_obs=True),
     "Acrobot-v1": CONTROL | dict(total_timesteps=100_000, double=False),
     "LunarLander-v3": CONTROL | dict(total_timesteps=300_000),
-    "ALE/*": dict(total_timesteps=10_000_000, num_envs=8, buffer_size=1_000_000, frame_stack=4,
-                  batch_size=32, learning_starts=80_000, train_every=4, num_updates=8,
-                  learning_rate=1e-4, target_every=8000, exploration_end=0.01,
-                  exploration_fraction=0.1)}
+    "*ALE/*": dict(total_timesteps=10_000_000, num_envs=8, buffer_size=1_000_000, frame_stack=4,
+                   batch_size=32, learning_starts=80_000, train_every=4, num_updates=8,
+                   learning_rate=1e-4, target_every=8000, exploration_end=0.01,
+                   exploration_fraction=0.1)}
 ACTION_SPACES = "Discrete",
 
 
@@ -393,7 +393,7 @@ def blame(what):
     """Tell any exception of this block as a UserError about `what`."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module may exit when it is imported
         at = traceback.extract_tb(error.__traceback__)[-1]
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{what}: {why} ({os.path.basename(at.filename)}:{at.lineno})") from error
@@ -526,7 +526,7 @@ class Envs:
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
         sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Id may be
         with blame(f"cannot make {env_id}"):
-            if atari := env_id.startswith("ALE/"):
+            if atari := "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,

@@ -91,8 +91,8 @@ PRESETS = {  # what is known to work (for ALE, in the literature); keys may be p
     "MountainCar-v0": dict(num_envs=16, num_steps=128, num_minibatches=16, update_epochs=4,
                            learning_rate=1e-3, gae_lambda=0.98),
     "HalfCheetah-v5": MUJOCO | dict(log_std=-0.5), "Hopper-v5": MUJOCO,
-    "ALE/*": dict(total_timesteps=10_000_000, num_steps=128, num_minibatches=4, update_epochs=4,
-                  learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01)}
+    "*ALE/*": dict(total_timesteps=10_000_000, num_steps=128, num_minibatches=4, update_epochs=4,
+                   learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"
 
 
@@ -326,7 +326,7 @@ def blame(what):
     """Tell any exception of this block as a UserError about `what`."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a module may exit when it is imported
         at = traceback.extract_tb(error.__traceback__)[-1]
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{what}: {why} ({os.path.basename(at.filename)}:{at.lineno})") from error
@@ -459,7 +459,7 @@ class Envs:
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
         sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Id may be
         with blame(f"cannot make {env_id}"):
-            if atari := env_id.startswith("ALE/"):
+            if atari := "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
                 gym.register_envs(__import__("ale_py"))
             if atari and not kwargs and not wrappers:
                 envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,

@@ -496,8 +496,8 @@ def test_atari_shows_the_same_first_frames_whether_it_is_filmed_or_not(script, m
     pytest.importorskip("ale_py")
     if "Discrete" not in module.ACTION_SPACES:
         pytest.skip("Atari has discrete actions")
-    fast, slow = (module.Envs("ALE/Breakout-v5", 1, torch.device("cpu"), **options)
-                  for options in ({}, dict(render_mode="rgb_array")))
+    fast, slow = (module.Envs(name, 1, torch.device("cpu"), **options) for name, options in (
+        ("ALE/Breakout-v5", {}), ("ale_py:ALE/Breakout-v5", dict(render_mode="rgb_array"))))
     for envs in (fast, slow):
         envs.reset(1)
         for _ in range(4):  # until the ball is served nothing moves
@@ -645,6 +645,12 @@ def test_a_device_that_is_not_there_gives_one_line(script, module, command):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert_one_line(command(*run_flags(script, module, device="cuda")), "cuda")
+
+
+def test_a_module_that_exits_when_it_is_imported_gives_one_line(script, module, command, tmp_path):
+    (tmp_path / "quits.py").write_text("raise SystemExit")
+    assert_one_line(command(*run_flags(script, module, env="quits:Env-v0")), "quits.py", "Exit")
+    assert not os.path.exists("run/checkpoint.pt")
 
 
 def test_an_action_space_that_it_cannot_take_names_the_scripts_that_can(script, module, command):
