@@ -396,7 +396,7 @@ def setup(args):
     name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     with blame(f"device {name} cannot be used"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, dtype=torch.double, device=device).item()  # some have no doubles
+        torch.zeros(1, dtype=torch.double, device=device).item()  # Apple's mps has none
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(device))  # warm-up must not use the default stream
     torch.set_num_threads(args.threads)
