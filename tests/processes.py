@@ -1,7 +1,7 @@
 """Scripts as processes of their own, as `python script.py ...` starts them, but without the wait.
 
 A server that has imported the libraries forks every process, so none spends seconds on importing.
-A process may carry a bomb: a function that runs first and arranges its death."""
+A process may carry a bomb: a function that runs first and arranges its death, or another fate."""
 import multiprocessing
 import os
 import pathlib
@@ -10,7 +10,9 @@ import signal
 import sys
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "gymnasium", "matplotlib.figure"])
+CONTEXT.set_forkserver_preload([
+    "torch", "torch._dynamo", "gymnasium", "gymnasium.envs.classic_control.cartpole",
+    "gymnasium.envs.mujoco.inverted_pendulum_v5", "matplotlib.figure"])
 
 
 class Script(CONTEXT.Process):
@@ -37,6 +39,17 @@ class Script(CONTEXT.Process):
             self.kill()
             raise RuntimeError(f"{self.path} {self.words} does not end")
         return self.exitcode, *((self.folder / name).read_text() for name in ("stdout", "stderr"))
+
+
+def leave(folder):
+    """Forget where else than in its own folder the script might find a module."""
+    sys.path[:] = [path for path in sys.path if not path.startswith(folder)]
+
+
+def join(rank, port):
+    """Be process `rank` of two, as torchrun would start it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def die():

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -130,17 +131,18 @@ def test_no_script_imports_another(script):
     assert not names & set(NAMES)
 
 
-def test_importing_does_nothing(script, tmp_path):
+def test_importing_does_nothing(tmp_path):
     code = f"""
-import random, signal, sys
+import importlib, random, signal, sys
 import numpy as np, torch, gymnasium
 states = lambda: (random.getstate(), np.random.get_state()[1].tolist(),
                   torch.get_rng_state().tolist(), torch.get_num_threads(), list(sys.path),
                   signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 before = states()
-import {script}
-assert states() == before
-assert "matplotlib" not in sys.modules and "tensorboard" not in sys.modules
+for script in {SCRIPTS!r}:
+    importlib.import_module(script)
+    assert states() == before, script
+    assert "matplotlib" not in sys.modules and "tensorboard" not in sys.modules, script
 """
     done = python("-W", "error", "-c", code, "--no-such-flag", cwd=tmp_path,
                   env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
@@ -150,11 +152,13 @@ assert "matplotlib" not in sys.modules and "tensorboard" not in sys.modules
 
 def test_a_copy_alone_in_an_empty_folder_runs(script, module, tmp_path):
     shutil.copy(ROOT / f"{script}.py", tmp_path)
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     settings = small(script, env=some_env(module))
-    done = python(f"{script}.py", *flags(settings), "--episodes", 3, cwd=tmp_path, env=env)
-    assert (done.returncode, done.stderr) == (0, "")
-    last = done.stdout.splitlines()[-1]
+    leave = functools.partial(processes.leave, str(ROOT))
+    words = *flags(settings), "--episodes", 3
+    code, out, err = processes.Script(
+        tmp_path / f"{script}.py", *words, folder=tmp_path, bomb=leave).end()
+    assert (code, err) == (0, "")
+    last = out.splitlines()[-1]
     mean, _, episodes = ENDING.search(last).groups()
     assert math.isfinite(float(mean)) and episodes == "3"
     (folder,) = (tmp_path / "runs").iterdir()
@@ -323,8 +327,8 @@ def test_an_evaluation_takes_the_mode_and_does_not_prefer_short_episodes(
     assert returns.mean() == pytest.approx(5, abs=0.8)  # episodes of 1 and of 9, four deviations
 
 
-def test_a_reader_that_goes_away_stops_a_run_without_a_traceback(script, module):
-    words = [sys.executable, ROOT / f"{script}.py", *run_flags(script, module)]
+def test_a_reader_that_goes_away_stops_a_run_without_a_traceback():
+    words = [sys.executable, ROOT / "ppo.py", *flags(small("ppo", env="CartPole-v1"))]
     done = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     done.stdout.close()
     error = done.communicate()[1]
@@ -827,6 +831,7 @@ def test_a_run_that_was_killed_before_it_learnt_anything_can_be_scored_and_resum
 
 def test_two_processes_train_one_agent_on_different_environments(script, module, tmp_path):
     """Both must end with the same weights to the last bit, and write one run."""
+    settings = small(script, env=some_env(module), run_dir=str(tmp_path / "run"))
     (tmp_path / "driver.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -835,21 +840,37 @@ import {script} as module
 
 seeds, reset = [], module.Envs.reset
 module.Envs.reset = lambda self, seed: (seeds.append(seed), reset(self, seed))[1]
-agent, history = module.train(module.Args(**{small(script, env=some_env(module), run_dir="run")!r}))
-torch.save((agent.state_dict(), seeds, history[-1]["step"]), f"rank{{module.RANK}}.pt")
+agent, history = module.train(module.Args(**{settings!r}))
+torch.save((agent.state_dict(), seeds, history[-1]["step"]), "end.pt")
 torch.distributed.barrier()
 sys.stdout.flush(), os._exit(0)  # as main() ends
 """)
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "driver.py",
-                  cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ends = []
+    for rank in (0, 1):
+        folder = tmp_path / f"rank{rank}"
+        folder.mkdir()
+        join = functools.partial(processes.join, rank, port)
+        ends.append(processes.Script(tmp_path / "driver.py", folder=folder, bomb=join))
+    (code, out, err), (other_code, other_out, other_err) = (process.end() for process in ends)
+    assert code == other_code == 0, err + other_err
     (a, seeds, steps), (b, other_seeds, other_steps) = (
-        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+        torch.load(tmp_path / f"rank{rank}/end.pt", weights_only=True) for rank in (0, 1))
     assert same(a, b) and steps == other_steps >= 512
     assert len(seeds) == len(other_seeds) and not set(seeds) & set(other_seeds)
     assert same(module.load(tmp_path / "run")["agent"], a)
-    lines = done.stdout.splitlines()
-    assert lines and len(set(lines)) == len(lines)  # only one of them speaks
+    assert out and not other_out  # only one of them speaks
+
+
+def test_torchrun_starts_a_script_as_the_readme_says(tmp_path):
+    words = flags(small("ppo", env="CartPole-v1", run_dir="run"))
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+                  ROOT / "ppo.py", *words, "--episodes", 3, cwd=tmp_path,
+                  env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(ENDING.findall(done.stdout)) == 1 and ENDING.search(done.stdout)[3] == "3"
+    assert (tmp_path / "run/learning_curve.png").exists()
 
 
 def test_a_rank_without_other_processes_silences_nothing():
