@@ -69,10 +69,7 @@ class Args:
     norm_returns: bool = arg(True, "divide rewards by the running deviation of the returns")
 
     def __init__(self, **given):
-        """What is given beats the environment's preset, which beats the default."""
-        defaults = {f.name: f.default for f in fields(self)}
-        vars(self).update(defaults | preset(given.get("env", self.env)) | given)
-        check(self)
+        settle(self, given)  # what is given beats the preset, which beats the default
 
 
 MUJOCO = dict(num_envs=16, num_steps=16, learning_rate=2e-3, gae_lambda=0.95, log_std=-0.5)
@@ -156,11 +153,7 @@ class Agent(nn.Module):
         nn.init.orthogonal_(self.critic[-1].weight, 1)
         self.return_norm = RunningNorm(())
         if not self.discrete:  # the actor's [-1, 1] is stretched over finite bounds
-            low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
-                         for bound in (action_space.low, action_space.high))
-            bounded = (high - low).isfinite() & (high > low)
-            self.register_buffer("center", torch.where(bounded, (low + high) / 2, 0.0))
-            self.register_buffer("scale", torch.where(bounded, (high - low) / 2, 1.0))
+            _, _, self.center, self.scale = map(nn.Buffer, bounds(action_space))
             self.log_std = nn.Parameter(self.scale.log() + args.log_std)
 
     def value(self, obs):
@@ -298,16 +291,19 @@ def preset(env):
     return next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(str(env), key)), {})
 
 
-def check(args):
-    """Refuse settings that do not exist, are of a wrong type or are outside their limits."""
+def settle(args, given):
+    """Fill in args: the defaults, over them the environment's preset, over that what is given.
+
+    Refuse settings that do not exist, are of a wrong type or are outside their limits."""
     known = {f.name: f for f in fields(args)}
-    for name, given in vars(args).items():
+    defaults = {name: f.default for name, f in known.items()}
+    for name, wanted in (defaults | preset(given.get("env", args.env)) | given).items():
         if name not in known:
             raise UserError(f"there is no setting {name}")
-        with blame(f"{name} cannot be {given!r}"):
+        with blame(f"{name} cannot be {wanted!r}"):
             kind = type(known[name].default)
-            vars(args)[name] = value = kind(given)  # numpy's numbers would spoil a checkpoint
-            if given is None or value != given and str(value) != str(given):
+            vars(args)[name] = value = kind(wanted)  # numpy's numbers would spoil a checkpoint
+            if wanted is None or value != wanted and str(value) != str(wanted):
                 raise TypeError(f"it is no {kind.__name__}")
         (low, high), choices = known[name].metadata["limits"], typing.get_args(known[name].type)
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -394,6 +390,14 @@ def prepare(env):
     elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
+
+
+def bounds(space):
+    """Low and high of a Box, its center and half its width (size,), or 0 and 1 where unbounded."""
+    low, high = (torch.tensor(x, dtype=torch.float32).flatten() for x in (space.low, space.high))
+    bounded = (high - low).isfinite() & (high > low)
+    center = torch.where(bounded, (low + high) / 2, 0.0)
+    return low, high, center, torch.where(bounded, (high - low) / 2, 1.0)
 
 
 class Serial(gym.vector.SyncVectorEnv):

@@ -66,10 +66,7 @@ class Args:
     hidden_size: int = arg(256, "units in each of the two hidden layers", 1)
 
     def __init__(self, **given):
-        """What is given beats the environment's preset, which beats the default."""
-        defaults = {f.name: f.default for f in fields(self)}
-        vars(self).update(defaults | preset(given.get("env", self.env)) | given)
-        check(self)
+        settle(self, given)  # what is given beats the preset, which beats the default
 
 
 PRESETS = {  # what is known to work; keys may be patterns
@@ -112,21 +109,18 @@ class Agent(nn.Module):
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
-        low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
-                     for bound in (action_space.low, action_space.high))
-        if not ((high - low).isfinite() & (high > low)).all():
+        self.low, self.high, self.center, self.scale = map(nn.Buffer, bounds(action_space))
+        if not ((self.high - self.low).isfinite() & (self.high > self.low)).all():
             raise UserError(f"{args.env} has actions without finite bounds or room between, which "
                             f"{NAME} does not take; these scripts do: reinforce, a2c, ppo, trpo, "
                             "cem_es, mbrl_mpc")
-        self.low, self.high = nn.Buffer(low), nn.Buffer(high)
-        self.center, self.scale = nn.Buffer((low + high) / 2), nn.Buffer((high - low) / 2)
         if len(obs_space.shape) == 3:
             self.encoder, size = NatureCNN(obs_space.shape), 512
         else:
             self.encoder, size = nn.Identity(), obs_space.shape[0]
         hidden = [args.hidden_size, args.hidden_size]
-        self.actor = MLP(size, *hidden, len(low))
-        self.critic = MLP(size + len(low), *hidden, 1)
+        self.actor = MLP(size, *hidden, len(self.low))
+        self.critic = MLP(size + len(self.low), *hidden, 1)
 
     def mu(self, features):
         """The actions (..., action_dim) that should maximise Q, within the bounds."""
@@ -298,16 +292,19 @@ def preset(env):
     return next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(str(env), key)), {})
 
 
-def check(args):
-    """Refuse settings that do not exist, are of a wrong type or are outside their limits."""
+def settle(args, given):
+    """Fill in args: the defaults, over them the environment's preset, over that what is given.
+
+    Refuse settings that do not exist, are of a wrong type or are outside their limits."""
     known = {f.name: f for f in fields(args)}
-    for name, given in vars(args).items():
+    defaults = {name: f.default for name, f in known.items()}
+    for name, wanted in (defaults | preset(given.get("env", args.env)) | given).items():
         if name not in known:
             raise UserError(f"there is no setting {name}")
-        with blame(f"{name} cannot be {given!r}"):
+        with blame(f"{name} cannot be {wanted!r}"):
             kind = type(known[name].default)
-            vars(args)[name] = value = kind(given)  # numpy's numbers would spoil a checkpoint
-            if given is None or value != given and str(value) != str(given):
+            vars(args)[name] = value = kind(wanted)  # numpy's numbers would spoil a checkpoint
+            if wanted is None or value != wanted and str(value) != str(wanted):
                 raise TypeError(f"it is no {kind.__name__}")
         (low, high), choices = known[name].metadata["limits"], typing.get_args(known[name].type)
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -394,6 +391,14 @@ def prepare(env):
     elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
+
+
+def bounds(space):
+    """Low and high of a Box, its center and half its width (size,), or 0 and 1 where unbounded."""
+    low, high = (torch.tensor(x, dtype=torch.float32).flatten() for x in (space.low, space.high))
+    bounded = (high - low).isfinite() & (high > low)
+    center = torch.where(bounded, (low + high) / 2, 0.0)
+    return low, high, center, torch.where(bounded, (high - low) / 2, 1.0)
 
 
 class Serial(gym.vector.SyncVectorEnv):

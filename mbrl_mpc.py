@@ -85,10 +85,7 @@ class Args:
     correlation: float = arg(0.7, "that of the deviations of successive actions", 0, 0.99)
 
     def __init__(self, **given):
-        """What is given beats the environment's preset, which beats the default."""
-        defaults = {f.name: f.default for f in fields(self)}
-        vars(self).update(defaults | preset(given.get("env", self.env)) | given)
-        check(self)
+        settle(self, given)  # what is given beats the preset, which beats the default
 
 
 SMALL = dict(num_steps=50, num_updates=200, learning_rate=5e-3, ensemble_size=3, num_particles=3,
@@ -208,11 +205,7 @@ class Agent(nn.Module):
             low, high = torch.tensor([[0.0], [1.0]]).expand(2, int(action_space.n))
             center, scale = high / len(high), high
         else:
-            low, high = (torch.tensor(bound, dtype=torch.float32).flatten()
-                         for bound in (action_space.low, action_space.high))
-            bounded = (high - low).isfinite()
-            center = torch.where(bounded, (low + high) / 2, 0.0)
-            scale = torch.where(bounded, (high - low) / 2, 1.0)
+            low, high, center, scale = bounds(action_space)
         times = torch.arange(args.horizon + 1, dtype=torch.float32)
         apart = (times[1:] - times[1:].unsqueeze(1)).abs()
         chol = torch.linalg.cholesky(args.correlation ** apart)
@@ -477,16 +470,19 @@ def preset(env):
     return next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(str(env), key)), {})
 
 
-def check(args):
-    """Refuse settings that do not exist, are of a wrong type or are outside their limits."""
+def settle(args, given):
+    """Fill in args: the defaults, over them the environment's preset, over that what is given.
+
+    Refuse settings that do not exist, are of a wrong type or are outside their limits."""
     known = {f.name: f for f in fields(args)}
-    for name, given in vars(args).items():
+    defaults = {name: f.default for name, f in known.items()}
+    for name, wanted in (defaults | preset(given.get("env", args.env)) | given).items():
         if name not in known:
             raise UserError(f"there is no setting {name}")
-        with blame(f"{name} cannot be {given!r}"):
+        with blame(f"{name} cannot be {wanted!r}"):
             kind = type(known[name].default)
-            vars(args)[name] = value = kind(given)  # numpy's numbers would spoil a checkpoint
-            if given is None or value != given and str(value) != str(given):
+            vars(args)[name] = value = kind(wanted)  # numpy's numbers would spoil a checkpoint
+            if wanted is None or value != wanted and str(value) != str(wanted):
                 raise TypeError(f"it is no {kind.__name__}")
         (low, high), choices = known[name].metadata["limits"], typing.get_args(known[name].type)
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -573,6 +569,14 @@ def prepare(env):
     elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
+
+
+def bounds(space):
+    """Low and high of a Box, its center and half its width (size,), or 0 and 1 where unbounded."""
+    low, high = (torch.tensor(x, dtype=torch.float32).flatten() for x in (space.low, space.high))
+    bounded = (high - low).isfinite() & (high > low)
+    center = torch.where(bounded, (low + high) / 2, 0.0)
+    return low, high, center, torch.where(bounded, (high - low) / 2, 1.0)
 
 
 class Serial(gym.vector.SyncVectorEnv):
