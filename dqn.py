@@ -91,7 +91,7 @@ PRESETS = {  # what is known to work (for ALE, in the literature); keys may be p
     "MountainCar-v0": dict(total_timesteps=120_000, train_every=4, num_updates=8,
                            buffer_size=50_000, learning_rate=4e-3, target_every=600, n_step=5,
                            exploration_end=0.07, exploration_fraction=0.2, scale_obs=True),
-    "Acrobot-v1": CONTROL | dict(total_timesteps=100_000, double=False),
+    "Acrobot-v1": CONTROL | dict(total_timesteps=100_000, num_updates=8, double=False),
     "LunarLander-v3": CONTROL | dict(total_timesteps=300_000),
     "*ALE/*": dict(total_timesteps=10_000_000, num_envs=8, buffer_size=1_000_000, frame_stack=4,
                    batch_size=32, learning_starts=80_000, train_every=4, num_updates=8,
