@@ -74,6 +74,8 @@ class Args:
 
 PRESETS = {  # what is known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=200_000, learning_rate=4e-3, norm_obs=False),
+    "Acrobot-v1": dict(total_timesteps=500_000, num_envs=4, learning_rate=4e-3),
+    "Pendulum-v1": dict(num_envs=4, learning_rate=4e-3, gamma=0.95, norm_obs=False),
     "InvertedPendulum-v5": dict(total_timesteps=2_000_000, learning_rate=3e-3, log_std=-1.0),
     "HalfCheetah-v5": dict(total_timesteps=3_000_000, num_envs=2, learning_rate=3e-3,
                            log_std=-0.5)}

@@ -37,10 +37,13 @@ Row = collections.namedtuple("Row", "script env steps published seeds flags epis
 # `published` is the best return that was found for the algorithm at this number of steps.
 ROWS = [
     Row("reinforce", "CartPole-v1", 200_000, 495),
+    Row("reinforce", "Acrobot-v1", 500_000),
+    Row("reinforce", "Pendulum-v1", 1_000_000, episodes=500),
     Row("reinforce", "InvertedPendulum-v5", 2_000_000, 999),
     Row("reinforce", "HalfCheetah-v5", 3_000_000, 884),
     Row("a2c", "CartPole-v1", 200_000, 497),
     Row("a2c", "Acrobot-v1", 300_000, -84.0),
+    Row("a2c", "Pendulum-v1", 500_000, -163, episodes=500),
     Row("a2c", "InvertedDoublePendulum-v5", 1_000_000, 9258),
     Row("a2c", "HalfCheetah-v5", 1_000_000, 1830),
     Row("ppo", "CartPole-v1", 100_000, 500),
@@ -51,6 +54,7 @@ ROWS = [
     Row("ppo", "HalfCheetah-v5", 1_000_000, 5784),
     Row("ppo", "MountainCar-v0", 1_000_000, -110),
     Row("trpo", "CartPole-v1", 100_000, 500),
+    Row("trpo", "Pendulum-v1", 200_000, episodes=500),
     Row("trpo", "Hopper-v5", 1_000_000, 3372),
     Row("trpo", "HalfCheetah-v5", 1_000_000, 4471),
     Row("trpo", "Walker2d-v5", 1_000_000, 4502),
