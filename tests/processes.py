@@ -41,9 +41,9 @@ class Script(CONTEXT.Process):
         return self.exitcode, *((self.folder / name).read_text() for name in ("stdout", "stderr"))
 
 
-def leave(folder):
-    """Forget where else than in its own folder the script might find a module."""
-    sys.path[:] = [path for path in sys.path if not path.startswith(folder)]
+def leave(*folders):
+    """Forget these folders, so that the script finds no module in them."""
+    sys.path[:] = [path for path in sys.path if path not in folders]
 
 
 def join(rank, port):

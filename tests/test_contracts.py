@@ -23,7 +23,7 @@ import processes
 import pytest
 import torch
 from conftest import (
-    BLIND, BOUNDED, DIVERGENT, ENVS, KINDS, NAMES, ROOT, SCRIPTS, flags, same, small, takes,
+    BLIND, BOUNDED, DIVERGENT, ENVS, KINDS, NAMES, ROOT, SCRIPTS, TESTS, flags, same, small, takes,
     timeless)
 
 BANNER = re.compile(r"^# =+ Plumbing\n", re.MULTILINE)
@@ -153,7 +153,7 @@ for script in {SCRIPTS!r}:
 def test_a_copy_alone_in_an_empty_folder_runs(script, module, tmp_path):
     shutil.copy(ROOT / f"{script}.py", tmp_path)
     settings = small(script, env=some_env(module))
-    leave = functools.partial(processes.leave, str(ROOT))
+    leave = functools.partial(processes.leave, str(ROOT), str(TESTS))
     words = *flags(settings), "--episodes", 3
     code, out, err = processes.Script(
         tmp_path / f"{script}.py", *words, folder=tmp_path, bomb=leave).end()
