@@ -78,8 +78,8 @@ PRESETS = {  # what is known to work (for ALE, in the literature); keys may be p
                         gae_lambda=0.95),
     "Acrobot-v1": dict(total_timesteps=300_000, num_envs=16, num_steps=16, learning_rate=3e-3,
                        gae_lambda=0.95),
-    "Pendulum-v1": dict(total_timesteps=500_000, num_steps=16, optimizer="adam",
-                        learning_rate=2e-3, gamma=0.95, gae_lambda=0.95, norm_obs=False),
+    "Pendulum-v1": dict(num_envs=16, num_steps=16, optimizer="adam", learning_rate=2e-3,
+                        gamma=0.95, gae_lambda=0.95, norm_obs=False),
     "HalfCheetah-v5": MUJOCO, "InvertedDoublePendulum-v5": MUJOCO,
     "*ALE/*": dict(total_timesteps=10_000_000, num_envs=16, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"

@@ -43,7 +43,7 @@ ROWS = [
     Row("reinforce", "HalfCheetah-v5", 3_000_000, 884),
     Row("a2c", "CartPole-v1", 200_000, 497),
     Row("a2c", "Acrobot-v1", 300_000, -84.0),
-    Row("a2c", "Pendulum-v1", 500_000, -163, episodes=500),
+    Row("a2c", "Pendulum-v1", 1_000_000, -163, episodes=500),
     Row("a2c", "InvertedDoublePendulum-v5", 1_000_000, 9258),
     Row("a2c", "HalfCheetah-v5", 1_000_000, 1830),
     Row("ppo", "CartPole-v1", 100_000, 500),
@@ -80,10 +80,11 @@ ROWS = [
 ]
 # Rows whose settings were mended after a look at their own seeds, on seeds that nobody had seen.
 FRESH = [row._replace(seeds=range(6, 11)) for row in ROWS if (row.script, row.env) in {
-    ("reinforce", "CartPole-v1"), ("reinforce", "InvertedPendulum-v5"), ("a2c", "HalfCheetah-v5"),
-    ("ppo", "Acrobot-v1"), ("trpo", "CartPole-v1"), ("trpo", "Hopper-v5"), ("dqn", "CartPole-v1"),
-    ("dqn", "MountainCar-v0"), ("dqn", "Acrobot-v1"), ("naf", "Pendulum-v1"),
-    ("cem_es", "CartPole-v1"), ("cem_es", "Swimmer-v5")}]
+    ("reinforce", "CartPole-v1"), ("reinforce", "InvertedPendulum-v5"), ("a2c", "Pendulum-v1"),
+    ("a2c", "HalfCheetah-v5"), ("ppo", "Acrobot-v1"), ("trpo", "CartPole-v1"),
+    ("trpo", "Hopper-v5"), ("dqn", "CartPole-v1"), ("dqn", "MountainCar-v0"),
+    ("dqn", "Acrobot-v1"), ("naf", "Pendulum-v1"), ("cem_es", "CartPole-v1"),
+    ("cem_es", "Swimmer-v5")}]
 # What each option of a script is worth: fewer steps than it needs, one change at a time.
 ABLATIONS = {
     script: [Row(script, "CartPole-v1", steps, flags=option) for option in options]
