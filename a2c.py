@@ -339,7 +339,7 @@ def setup(args):
 def flatten(module):
     """Make all parameters views of one vector, and their gradients views of the vector's.
 
-    What treats all weights alike, as optimisers do, then takes one call; a fifth of an update."""
+    Optimisers, which treat all weights alike, then take one call: a fifth of an update is saved."""
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
@@ -359,7 +359,8 @@ def average(*tensors):
 def capture(function, device):
     """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
 
-    Three calls warm up, the fourth is recorded, and all count. Elsewhere, `function` itself."""
+    Three calls warm up, the fourth is recorded, and all count. Elsewhere, and where there are
+    several processes, `function` itself."""
     if device.type != "cuda" or WORLD_SIZE > 1:
         return function
     calls, graphs = collections.Counter(), {}
@@ -598,7 +599,7 @@ class Run:
         return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
 
     def log(self, **metrics):
-        """Keep 200 rows of metrics a run, everywhere it is kept."""
+        """Keep at most 200 rows of metrics a run: in history, metrics.csv and TensorBoard."""
         self.progress()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
@@ -666,8 +667,8 @@ def main():
     old.add_argument("--resume", metavar="RUN", type=os.path.normpath, help="go on with this run")
     old.add_argument("--evaluate", metavar="RUN", type=os.path.normpath, help="score its agent")
     parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
-    parser.add_argument("--video", action="store_true", default=False, help="film one more")
-    parser.add_argument("--render", action="store_true", default=False, help="show one more")
+    parser.add_argument("--video", action="store_true", default=False, help="film the first one")
+    parser.add_argument("--render", action="store_true", default=False, help="show the first one")
     for f in fields(Args):
         kind = str if typing.get_args(f.type) else f.type
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)

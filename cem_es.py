@@ -16,9 +16,9 @@ the next generation to the best, ES climbs an estimated gradient, CMA-ES learns 
 
     repeat
         draw a population of policies around the mean, by (1), (2) or (3)
-        play with all of them at once, each in an environment of its own
+        play with all of them, num_envs at a time, each in an environment of its own
         fitness = the mean return of each
-        compute mean, sigma and what else the method keeps anew
+        renew mean, sigma and what else the method keeps
 
 Szita and Lorincz 2006 (CEM), Salimans et al. 2017, arXiv:1703.03864 (ES), Hansen 2016,
 arXiv:1604.00772 (CMA-ES). Several processes draw the same noise and each plays with a part of the
@@ -56,7 +56,7 @@ class Args:
     method: typing.Literal["cem", "es", "cma"] = arg("cem", "cem, es or cma")
     population: int = arg(32, "cem, cma: policies in a generation", 2)
     pairs: int = arg(4, "es: pairs of policies in a generation", 1)
-    episodes_per_member: int = arg(1, "episodes that the fitness of a policy is the mean of", 1)
+    episodes_per_member: int = arg(1, "episodes whose mean return is the fitness of a policy", 1)
     max_episode_steps: int = arg(10_000, "steps after which training leaves an episode", 1)
     hidden_size: int = arg(0, "units in each of two hidden layers; 0 is a linear policy", 0)
     norm_obs: bool = arg(True, "standardise observations by running statistics")
@@ -66,7 +66,7 @@ class Args:
     min_sigma: float = arg(1e-3, "cem: floor under the deviation", 0)
     es_sigma: float = arg(0.05, "es: the deviation of each parameter", 1e-8)
     learning_rate: float = arg(0.02, "es: Adam's step size", 0)
-    weight_decay: float = arg(0.005, "es: pull of the parameters to 0, relative to the gradient", 0)
+    weight_decay: float = arg(0.005, "es: this part of the mean is taken from the gradient (2)", 0)
 
     def __init__(self, **given):
         settle(self, given)  # what is given beats the preset, which beats the default
@@ -188,7 +188,7 @@ def es_gradient(utilities, noise, sigma):
 
 
 def es(mean, sigma, first, second, generation, noise, fitness, learning_rate, weight_decay):
-    """The first five anew: a step of Adam, which keeps two moments, up the gradient (2)."""
+    """The first five arguments renewed: a step of Adam, of two moments, up the gradient (2)."""
     gradient = es_gradient(centered_ranks(fitness), noise, sigma) - weight_decay * mean
     generation = generation + 1
     first, second = first.lerp(gradient, 0.1), second.lerp(gradient.square(), 0.001)
@@ -204,7 +204,7 @@ def square_root(C):
 
 
 def cma(mean, sigma, C, p_sigma, p_c, generation, noise, fitness):
-    """The first six anew by (3), where samples = mean + sigma * noise @ square_root(C)."""
+    """The first six arguments renewed by (3); samples = mean + sigma * noise @ square_root(C)."""
     (population, n), generation = noise.shape, generation + 1
     w = math.log(population / 2 + 0.5) - torch.arange(1, population // 2 + 1).to(C).log()
     w = w / w.sum()
@@ -224,13 +224,13 @@ def cma(mean, sigma, C, p_sigma, p_c, generation, noise, fitness):
     usual = usual.to(C)  # 0 while p_sigma is so long that p_c had better wait
     p_c = (1 - c_c) * p_c + math.sqrt(c_c * (2 - c_c) * mu) * step * usual
     lost = c_1 * c_c * (2 - c_c) * (1 - usual)  # by that wait
-    C = ((1 - c_1 - c_mu + lost) * C + c_1 * torch.outer(p_c, p_c) + c_mu * (w * steps.T) @ steps)
+    C = (1 - c_1 - c_mu + lost) * C + c_1 * torch.outer(p_c, p_c) + c_mu * (w * steps.T) @ steps
     sigma = sigma * (c_sigma / damping * (length - 1)).exp()
     return mean, sigma, C, p_sigma, p_c, generation
 
 
 class Search(nn.Module):
-    """What a method is given and gives anew: mean and sigma (D,) and all that it remembers."""
+    """What a method is given and renews: mean and sigma (D,) and all that it remembers."""
 
     def __init__(self, method, mean, sigma):
         super().__init__()
@@ -405,7 +405,7 @@ def setup(args):
 def flatten(module):
     """Make all parameters views of one vector, and their gradients views of the vector's.
 
-    What treats all weights alike, as optimisers do, then takes one call; a fifth of an update."""
+    Optimisers, which treat all weights alike, then take one call: a fifth of an update is saved."""
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
@@ -425,7 +425,8 @@ def average(*tensors):
 def capture(function, device):
     """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
 
-    Three calls warm up, the fourth is recorded, and all count. Elsewhere, `function` itself."""
+    Three calls warm up, the fourth is recorded, and all count. Elsewhere, and where there are
+    several processes, `function` itself."""
     if device.type != "cuda" or WORLD_SIZE > 1:
         return function
     calls, graphs = collections.Counter(), {}
@@ -664,7 +665,7 @@ class Run:
         return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
 
     def log(self, **metrics):
-        """Keep 200 rows of metrics a run, everywhere it is kept."""
+        """Keep at most 200 rows of metrics a run: in history, metrics.csv and TensorBoard."""
         self.progress()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
@@ -732,8 +733,8 @@ def main():
     old.add_argument("--resume", metavar="RUN", type=os.path.normpath, help="go on with this run")
     old.add_argument("--evaluate", metavar="RUN", type=os.path.normpath, help="score its agent")
     parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
-    parser.add_argument("--video", action="store_true", default=False, help="film one more")
-    parser.add_argument("--render", action="store_true", default=False, help="show one more")
+    parser.add_argument("--video", action="store_true", default=False, help="film the first one")
+    parser.add_argument("--render", action="store_true", default=False, help="show the first one")
     for f in fields(Args):
         kind = str if typing.get_args(f.type) else f.type
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)

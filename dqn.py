@@ -26,7 +26,8 @@ replay buffer, and with the next values of a target network that stands still fo
 Mnih et al. 2015, Nature 518; double is arXiv:1509.06461, dueling arXiv:1511.06581, prioritized
 arXiv:1511.05952, and n-step as in arXiv:1710.02298. V and A share all layers but the last here,
 rewards are not clipped, and where a time limit cuts an episode off, the value of its last state
-stands in for the rest. Example: --env Acrobot-v1
+stands in for the rest. With frame_stack > 1, steps whose frames are not all kept, the first of an
+episode and the last before a time limit, have no importance in (3). Example: --env Acrobot-v1
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -234,7 +235,7 @@ class ReplayBuffer:
         torch.maximum(self.highest, priorities.max(), out=self.highest)
 
     def state_dict(self):
-        filled = min(self.count, self.rows)
+        filled = min(self.count, self.rows)  # of a mere view torch.save would write all rows
         return dict(count=self.count, highest=self.highest,
                     data=[torch.from_numpy(x[:filled].numpy(force=True)) for x in self.data])
 
@@ -266,7 +267,7 @@ def draw_prioritized(priorities, batch_size, beta):
     points = torch.rand(batch_size, dtype=torch.double, device=sums.device)
     points = (points + torch.arange(batch_size, device=sums.device)) * (sums[-1] / batch_size)
     index = torch.searchsorted(sums, points, right=True).clamp(max=len(sums) - 1)
-    importance = (len(sums) * priorities[index] / sums[-1]).float().pow(-beta)
+    importance = (len(sums) * priorities[index] / sums[-1]).pow(-beta)
     return index, importance / importance.max()
 
 
@@ -292,7 +293,7 @@ def stack(frames, begins, index, num_envs, frame_stack):
 
 
 def td_target(returns, discounts, next_q_values, choosing_q_values):
-    """The target (1): Q's choice of the next action, valued by the target network (2)."""
+    """The target (1): the next action is one Q's choice, its value the target network's (2)."""
     next_actions = choosing_q_values.argmax(-1, keepdim=True)
     return returns + discounts * next_q_values.gather(-1, next_actions).squeeze(-1)
 
@@ -355,7 +356,6 @@ def train(args, resume=""):
         if run.step < args.learning_starts:
             run.progress()
             continue
-
         if args.target_every and run.step // args.target_every > before // args.target_every:
             target_weights.copy_(weights)                                                   # (4)
         for _ in range(args.num_updates):
@@ -443,7 +443,7 @@ def setup(args):
 def flatten(module):
     """Make all parameters views of one vector, and their gradients views of the vector's.
 
-    What treats all weights alike, as optimisers do, then takes one call; a fifth of an update."""
+    Optimisers, which treat all weights alike, then take one call: a fifth of an update is saved."""
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
@@ -463,7 +463,8 @@ def average(*tensors):
 def capture(function, device):
     """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
 
-    Three calls warm up, the fourth is recorded, and all count. Elsewhere, `function` itself."""
+    Three calls warm up, the fourth is recorded, and all count. Elsewhere, and where there are
+    several processes, `function` itself."""
     if device.type != "cuda" or WORLD_SIZE > 1:
         return function
     calls, graphs = collections.Counter(), {}
@@ -702,7 +703,7 @@ class Run:
         return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
 
     def log(self, **metrics):
-        """Keep 200 rows of metrics a run, everywhere it is kept."""
+        """Keep at most 200 rows of metrics a run: in history, metrics.csv and TensorBoard."""
         self.progress()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
@@ -770,8 +771,8 @@ def main():
     old.add_argument("--resume", metavar="RUN", type=os.path.normpath, help="go on with this run")
     old.add_argument("--evaluate", metavar="RUN", type=os.path.normpath, help="score its agent")
     parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
-    parser.add_argument("--video", action="store_true", default=False, help="film one more")
-    parser.add_argument("--render", action="store_true", default=False, help="show one more")
+    parser.add_argument("--video", action="store_true", default=False, help="film the first one")
+    parser.add_argument("--render", action="store_true", default=False, help="show the first one")
     for f in fields(Args):
         kind = str if typing.get_args(f.type) else f.type
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)

@@ -15,7 +15,8 @@ differ, so a plan is judged by the mean return of particles that follow several 
 (4)  return of a plan = sum over t of gamma^t * (alive[t] * rewards[t] + after[t])
                 alive[t + 1] = alive[t] * (1 - ends[t])
                 after[t + 1] = after[t] + alive[t] * ends[t] * min(rewards[t], 0)
-(5)  mean, std = those of the elites, the best plans drawn from Normal(mean, std); std has a floor
+(5)  mean, std = those of the elites, the best plans drawn from Normal(mean, std); discrete actions
+                are drawn from the mean, how often the elites take each; both keep a floor
 (6)  value_loss = E[(V(obs) - rewards - gamma * (1 - terminations) * target_V(next_obs))^2];
      if terminal_value, gamma^horizon * (alive * V + (1 - alive) * min(V, 0)), where both are
      those of step horizon, is a part of (4)
@@ -67,7 +68,7 @@ class Args:
     learning_starts: int = arg(1000, "steps of random actions before learning", 0)
     num_steps: int = arg(200, "steps of each environment between rounds of updates", 1)
     num_updates: int = arg(500, "updates in a round", 1)
-    learning_rate: float = arg(1e-3, "Adam's step size, lowered linearly to 0 in each round", 0)
+    learning_rate: float = arg(1e-3, "Adam's step size, lowered linearly to 0 over num_updates", 0)
     ensemble_size: int = arg(5, "members of the ensemble", 1)
     hidden_size: int = arg(200, "units in each of the two hidden layers", 1)
     propagation: typing.Literal["ts1", "tsinf", "mean"] = arg("ts1", "ts1, tsinf or mean (3)")
@@ -112,7 +113,7 @@ class Norm(nn.Module):
         average(mean := x.mean(0))
         average(variance := (x - mean).square().mean(0))
         self.mean.copy_(mean)
-        self.std.copy_(variance.sqrt() * (variance.sqrt() > 1e-6 * mean.abs()))  # or is rounding
+        self.std.copy_(variance.sqrt() * (variance.sqrt() > 1e-6 * mean.abs()))  # less is rounding
 
     def forward(self, x):
         return (x - self.mean) / torch.where(self.std > 0, self.std, 1)
@@ -516,7 +517,7 @@ def setup(args):
 def flatten(module):
     """Make all parameters views of one vector, and their gradients views of the vector's.
 
-    What treats all weights alike, as optimisers do, then takes one call; a fifth of an update."""
+    Optimisers, which treat all weights alike, then take one call: a fifth of an update is saved."""
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
@@ -536,7 +537,8 @@ def average(*tensors):
 def capture(function, device):
     """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
 
-    Three calls warm up, the fourth is recorded, and all count. Elsewhere, `function` itself."""
+    Three calls warm up, the fourth is recorded, and all count. Elsewhere, and where there are
+    several processes, `function` itself."""
     if device.type != "cuda" or WORLD_SIZE > 1:
         return function
     calls, graphs = collections.Counter(), {}
@@ -775,7 +777,7 @@ class Run:
         return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
 
     def log(self, **metrics):
-        """Keep 200 rows of metrics a run, everywhere it is kept."""
+        """Keep at most 200 rows of metrics a run: in history, metrics.csv and TensorBoard."""
         self.progress()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
@@ -843,8 +845,8 @@ def main():
     old.add_argument("--resume", metavar="RUN", type=os.path.normpath, help="go on with this run")
     old.add_argument("--evaluate", metavar="RUN", type=os.path.normpath, help="score its agent")
     parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
-    parser.add_argument("--video", action="store_true", default=False, help="film one more")
-    parser.add_argument("--render", action="store_true", default=False, help="show one more")
+    parser.add_argument("--video", action="store_true", default=False, help="film the first one")
+    parser.add_argument("--render", action="store_true", default=False, help="show the first one")
     for f in fields(Args):
         kind = str if typing.get_args(f.type) else f.type
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)

@@ -18,12 +18,12 @@ mu. It learns from a buffer of old transitions, towards a slowly moving copy of 
             take one Adam step down the gradient of the loss (2)
             let the target follow (4)
 
-Gu et al. 2016, arXiv:1603.00748, without its imagined rollouts. As in later work there is no batch
-normalisation, the first actions are uniform, and gradients are clipped. In (2), (3) and (5) actions
-are as if bounded by -1 and 1. While V is still far off, fitting it drives mu to some bound, where
-neither tanh nor a P that vanishes would let it go: so the diagonal of L exceeds 1, and (2) holds u
-back. And where a time limit cuts an episode off, the value of its last state stands in for the
-rest. Example: --env Pendulum-v1
+Gu et al. 2016, arXiv:1603.00748, without its imagined rollouts. As in most later work there is no
+batch normalisation, the first actions are uniform, and gradients are clipped. In (2), (3) and (5)
+actions are as if bounded by -1 and 1. While V is still far off, fitting it drives mu to some bound,
+where neither tanh nor a P that vanishes would let it go: so the diagonal of L exceeds 1, and (2)
+holds u back. And where a time limit cuts an episode off, the value of its last state stands in for
+the rest. Example: --env Pendulum-v1
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -135,13 +135,13 @@ class Agent(nn.Module):
         return V.squeeze(-1), self.center + self.scale * u.tanh(), u, L
 
     def q_values(self, actions, V, mu, L):
-        """Q (...) of actions (..., action_dim), whose distance from mu is a part of the bounds."""
+        """Q (...) of actions (..., action_dim); distances from mu are in halves of their range."""
         return V + advantage((actions - mu) / self.scale, L)                                # (3)
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False, noise=0.0):
         """Actions (N, action_dim) for obs (N, *shape): mu(obs), moved by noise or not."""
-        _, actions, _, _ = self.heads(obs)
+        _, actions, *_ = self.heads(obs)
         if not deterministic:
             actions = actions + self.scale * noise
         return actions.clamp(self.low, self.high)  # so that what is stored is what is done
@@ -178,7 +178,7 @@ class ReplayBuffer:
         return [x.flatten(0, 1)[index] for x in self.data]
 
     def state_dict(self):
-        filled = min(self.count, self.rows)
+        filled = min(self.count, self.rows)  # of a mere view torch.save would write all rows
         return dict(count=self.count,
                     data=[torch.from_numpy(x[:filled].numpy(force=True)) for x in self.data])
 
@@ -196,7 +196,7 @@ def td_target(rewards, next_values, terminations, gamma):
 
 
 def advantage(offsets, L):
-    """-offsets^T P offsets / 2 of (3): as -|L^T offsets|^2 / 2 it is never above 0, but 0 at mu."""
+    """-offsets^T P offsets / 2 of (3): as -|L^T offsets|^2 / 2 it is 0 at mu, below 0 elsewhere."""
     return -(L.mT @ offsets.unsqueeze(-1)).squeeze(-1).square().sum(-1) / 2
 
 
@@ -238,18 +238,18 @@ def train(args, resume=""):
     def update(obs, actions, next_obs, rewards, terminations):
         """Take one Adam step on a batch (B, ...) and let the target follow; return loss and Q."""
         with torch.no_grad():
-            next_values, _, _, _ = target.heads(next_obs)
+            next_values, *_ = target.heads(next_obs)
             targets = td_target(rewards, next_values, terminations, args.gamma)             # (1)
         V, mu, u, L = agent.heads(obs)
-        values = agent.q_values(actions, V, mu, L)
-        loss = F.mse_loss(values, targets) + (u.abs() - 2).clamp(min=0).square().mean()     # (2)
+        q_values = agent.q_values(actions, V, mu, L)
+        loss = F.mse_loss(q_values, targets) + (u.abs() - 2).clamp(min=0).square().mean()   # (2)
         weights.grad.zero_()
         loss.backward()
         average(weights.grad)
         weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
         optimizer.step()
         target_weights.lerp_(weights, args.tau)                                             # (4)
-        return torch.stack([loss.detach(), values.detach().mean()])
+        return torch.stack([loss, q_values.mean()]).detach()
 
     explore, update = (capture(f, device) for f in (explore, update))
     while run.step < args.total_timesteps:
@@ -348,7 +348,7 @@ def setup(args):
 def flatten(module):
     """Make all parameters views of one vector, and their gradients views of the vector's.
 
-    What treats all weights alike, as optimisers do, then takes one call; a fifth of an update."""
+    Optimisers, which treat all weights alike, then take one call: a fifth of an update is saved."""
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
@@ -368,7 +368,8 @@ def average(*tensors):
 def capture(function, device):
     """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
 
-    Three calls warm up, the fourth is recorded, and all count. Elsewhere, `function` itself."""
+    Three calls warm up, the fourth is recorded, and all count. Elsewhere, and where there are
+    several processes, `function` itself."""
     if device.type != "cuda" or WORLD_SIZE > 1:
         return function
     calls, graphs = collections.Counter(), {}
@@ -607,7 +608,7 @@ class Run:
         return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
 
     def log(self, **metrics):
-        """Keep 200 rows of metrics a run, everywhere it is kept."""
+        """Keep at most 200 rows of metrics a run: in history, metrics.csv and TensorBoard."""
         self.progress()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
@@ -675,8 +676,8 @@ def main():
     old.add_argument("--resume", metavar="RUN", type=os.path.normpath, help="go on with this run")
     old.add_argument("--evaluate", metavar="RUN", type=os.path.normpath, help="score its agent")
     parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
-    parser.add_argument("--video", action="store_true", default=False, help="film one more")
-    parser.add_argument("--render", action="store_true", default=False, help="show one more")
+    parser.add_argument("--video", action="store_true", default=False, help="film the first one")
+    parser.add_argument("--render", action="store_true", default=False, help="show the first one")
     for f in fields(Args):
         kind = str if typing.get_args(f.type) else f.type
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)

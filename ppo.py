@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Proximal Policy Optimization (PPO): many small steps on each batch, none of which leads far.
+"""Proximal Policy Optimization (PPO): many small steps on each batch, which end near its policy.
 
 The policy gradient may use a batch only once, since each step changes the policy that the batch
 came from. PPO uses it for several epochs: it weighs every action by the ratio of its probabilities
@@ -18,11 +18,11 @@ under the new and the old policy, and clips the ratio so that moving it far from
         for each of update_epochs epochs, for each of num_minibatches random parts of the batch
             take one Adam step down the gradient of the loss (5)
 
-Schulman et al. 2017, arXiv:1707.06347; (1) is GAE, arXiv:1506.02438. The orthogonal initialisation,
-annealing and normalisation, of each minibatch's advantages too, come from studies of what matters
-in practice, arXiv:2005.12729 and arXiv:2006.05990. Where most versions let a time limit end an
-episode like any other end, here the value of the state that was cut off stands in for the rest.
-Example: --env HalfCheetah-v5
+Schulman et al. 2017, arXiv:1707.06347; (1) is GAE, arXiv:1506.02438. What else matters in practice,
+like orthogonal initialisation and normalisation, of each minibatch's advantages too, is weighed in
+arXiv:2005.12729 and arXiv:2006.05990. Where most versions let a time limit end an episode like any
+other end, here the value of the state that was cut off stands in for the rest. Example:
+--env HalfCheetah-v5
 """
 import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -218,10 +218,10 @@ def explained_variance(values, returns):
 
 def train(args, resume=""):
     """Train, from the start or on from the run folder `resume`; return agent and history."""
-    device = setup(args)
-    envs = Envs(args.env, args.num_envs, device)
     if args.num_minibatches > args.num_envs * args.num_steps:
         raise UserError(f"{args.num_minibatches} minibatches are more than a batch has steps")
+    device = setup(args)
+    envs = Envs(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten(agent)
     learning_rate, clip_coef = torch.tensor([args.learning_rate, args.clip_coef], device=device)
@@ -259,7 +259,7 @@ def train(args, resume=""):
         optimizer.step()
         kl = (log_ratio.expm1() - log_ratio).detach().mean()  # estimates KL(old || new)
         average(kl)
-        return torch.stack([kl, policy_loss.detach(), value_loss.detach()])
+        return torch.stack([kl, policy_loss, value_loss]).detach()
 
     act, estimate, update = (capture(f, device) for f in (agent.act, estimate, update))
     while run.step < args.total_timesteps:
@@ -275,9 +275,9 @@ def train(args, resume=""):
         obs, actions, *_ = rollout = [torch.stack(x) for x in zip(*rollout)]  # each (T, N, ...)
         run.step += args.num_steps * args.num_envs * WORLD_SIZE
 
-        statistics = []
         old_log_probs, entropy, values, advantages, returns = estimate(*rollout)
         fit = explained_variance(values, returns)  # before V learns from these returns
+        statistics = []
         for epoch in range(args.update_epochs):
             if epoch and args.recompute_advantages:
                 values, advantages, returns = estimate(*rollout)[2:]
@@ -375,7 +375,7 @@ def setup(args):
 def flatten(module):
     """Make all parameters views of one vector, and their gradients views of the vector's.
 
-    What treats all weights alike, as optimisers do, then takes one call; a fifth of an update."""
+    Optimisers, which treat all weights alike, then take one call: a fifth of an update is saved."""
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
@@ -395,7 +395,8 @@ def average(*tensors):
 def capture(function, device):
     """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
 
-    Three calls warm up, the fourth is recorded, and all count. Elsewhere, `function` itself."""
+    Three calls warm up, the fourth is recorded, and all count. Elsewhere, and where there are
+    several processes, `function` itself."""
     if device.type != "cuda" or WORLD_SIZE > 1:
         return function
     calls, graphs = collections.Counter(), {}
@@ -634,7 +635,7 @@ class Run:
         return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
 
     def log(self, **metrics):
-        """Keep 200 rows of metrics a run, everywhere it is kept."""
+        """Keep at most 200 rows of metrics a run: in history, metrics.csv and TensorBoard."""
         self.progress()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
@@ -702,8 +703,8 @@ def main():
     old.add_argument("--resume", metavar="RUN", type=os.path.normpath, help="go on with this run")
     old.add_argument("--evaluate", metavar="RUN", type=os.path.normpath, help="score its agent")
     parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
-    parser.add_argument("--video", action="store_true", default=False, help="film one more")
-    parser.add_argument("--render", action="store_true", default=False, help="show one more")
+    parser.add_argument("--video", action="store_true", default=False, help="film the first one")
+    parser.add_argument("--render", action="store_true", default=False, help="show the first one")
     for f in fields(Args):
         kind = str if typing.get_args(f.type) else f.type
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)

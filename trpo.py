@@ -62,7 +62,7 @@ class Args:
     cg_iters: int = arg(15, "iterations of conjugate gradients (7)", 1)
     cg_damping: float = arg(0.1, "added to the Fisher matrix's diagonal", 0)
     fisher_every: int = arg(1, "Fisher products use every n-th step of the batch", 1)
-    line_search: bool = arg(True, "shorten steps until (4) and (5) agree; without, it is NPG")
+    line_search: bool = arg(True, "shorten steps till (4) < 0, (5) <= max_kl; without, it is NPG")
     backtrack_coef: float = arg(0.8, "the next step to try, as a part of the last", 0, 1)
     num_minibatches: int = arg(16, "parts that an epoch of the critic splits the batch into", 1)
     update_epochs: int = arg(10, "passes of the critic over each batch", 1)
@@ -221,7 +221,7 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 
 def surrogate(ratio, advantages):
-    """The policy loss (4). A ratio without the 1 would add E[advantages], and cost digits."""
+    """The policy loss (4). Without the 1 it would be E[advantages] lower, and lose digits."""
     return -((ratio - 1) * advantages).mean()
 
 
@@ -230,7 +230,7 @@ def fisher_product(kl, pi, parameters, damping):
 
     KL is flat there, so that its Hessian is J^T H J, with J the Jacobian of pi by the parameters
     and H the Hessian of KL by pi. Its gradient is J^T slope; v times that, derived by the leaf, is
-    H J v, and J^T times that is F v."""
+    H J v, and J^T times that, and damping * v, are F v."""
     leaf = pi.detach().requires_grad_()
     slope, = torch.autograd.grad(kl(pi.detach(), leaf).mean(), leaf, create_graph=True)
     gradient = torch.autograd.grad(pi, parameters, slope, create_graph=True)
@@ -285,10 +285,10 @@ def explained_variance(values, returns):
 
 def train(args, resume=""):
     """Train, from the start or on from the run folder `resume`; return agent and history."""
-    device = setup(args)
-    envs = Envs(args.env, args.num_envs, device)
     if args.num_minibatches > args.num_envs * args.num_steps:
         raise UserError(f"{args.num_minibatches} minibatches are more than a batch has steps")
+    device = setup(args)
+    envs = Envs(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights, critic_weights = flatten(agent.actor), flatten(agent.critic)
     parameters = list(agent.actor.parameters())
@@ -453,7 +453,7 @@ def setup(args):
 def flatten(module):
     """Make all parameters views of one vector, and their gradients views of the vector's.
 
-    What treats all weights alike, as optimisers do, then takes one call; a fifth of an update."""
+    Optimisers, which treat all weights alike, then take one call: a fifth of an update is saved."""
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
@@ -473,7 +473,8 @@ def average(*tensors):
 def capture(function, device):
     """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
 
-    Three calls warm up, the fourth is recorded, and all count. Elsewhere, `function` itself."""
+    Three calls warm up, the fourth is recorded, and all count. Elsewhere, and where there are
+    several processes, `function` itself."""
     if device.type != "cuda" or WORLD_SIZE > 1:
         return function
     calls, graphs = collections.Counter(), {}
@@ -712,7 +713,7 @@ class Run:
         return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
 
     def log(self, **metrics):
-        """Keep 200 rows of metrics a run, everywhere it is kept."""
+        """Keep at most 200 rows of metrics a run: in history, metrics.csv and TensorBoard."""
         self.progress()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
@@ -780,8 +781,8 @@ def main():
     old.add_argument("--resume", metavar="RUN", type=os.path.normpath, help="go on with this run")
     old.add_argument("--evaluate", metavar="RUN", type=os.path.normpath, help="score its agent")
     parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
-    parser.add_argument("--video", action="store_true", default=False, help="film one more")
-    parser.add_argument("--render", action="store_true", default=False, help="show one more")
+    parser.add_argument("--video", action="store_true", default=False, help="film the first one")
+    parser.add_argument("--render", action="store_true", default=False, help="show the first one")
     for f in fields(Args):
         kind = str if typing.get_args(f.type) else f.type
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)
