@@ -94,8 +94,9 @@ class RunningNorm(nn.Module):
         """Add the number of new vectors, their sum and the sum of their squares."""
         self.sums += sums
         mean, square = (self.sums[1:] / self.sums[0]).chunk(2)
+        std = (square - mean.square()).clamp(min=0).sqrt()
         self.mean.copy_(mean)
-        self.std.copy_((square - mean.square()).clamp(min=1e-8).sqrt())
+        self.std.copy_(torch.where(std > 1e-6 * mean.abs(), std, 1))  # less is rounding
 
     def forward(self, x):
         return ((x - self.mean) / self.std).clamp(-10, 10)
@@ -261,6 +262,8 @@ def train(args, resume=""):
     search = Search(args.method, agent.weights.data,  # in place: its mean is the agent's weights
                     args.es_sigma if args.method == "es" else args.init_sigma)
     run = Run(args, envs, resume, agent=agent, search=search)
+    if args.method == "es":
+        search.sigma.fill_(args.es_sigma)  # or a resumed run keeps the old
     act = capture(agent.policies, device)
 
     @torch.inference_mode()
@@ -284,7 +287,8 @@ def train(args, resume=""):
             reward, x = reward[:length].double(), x[:length].double()
             sums.append(torch.cat([torch.stack([reward.sum(), length]), x.sum(0),
                                    x.square().sum(0)]))
-        envs.episodes.sort()  # by policy: those that ended last are the longest
+        whole = run.step <= args.total_timesteps  # else the short episodes alone have ended
+        envs.episodes = [(i, *x[:2].tolist()) for i, x in enumerate(sums)] if whole else []
         run.progress()
         return torch.stack(sums)
 
@@ -502,11 +506,11 @@ class Envs:
             else:  # the fast version of Atari can neither be filmed nor wrapped
                 def make():
                     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if atari else {})
-                    for wrapper in wrappers:
-                        env = wrapper(env)
                     if atari:
                         env = gym.wrappers.AtariPreprocessing(env)
                         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+                    for wrapper in wrappers:
+                        env = wrapper(env)
                     return prepare(env)
 
                 envs = Serial([make] * num_envs, autoreset_mode="SameStep")
@@ -542,6 +546,7 @@ class Envs:
             if not math.isfinite(actions.sum()):
                 raise FloatingPointError("the agent's actions are not finite")
             actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
+            actions = actions.astype(space.dtype, copy=False)
         with blame(f"{self.id} failed"):
             obs, rewards, terminations, truncations, infos = self.envs.step(actions)
             self.obs = next_obs = self.tensor(obs, self.dtype).view_as(self.obs)

@@ -179,7 +179,9 @@ class ReplayBuffer:
         self.count = saved["count"]
         for x, old in zip(self.data, saved["data"], strict=True):
             filled = x[:min(self.count, self.rows)]
-            filled.copy_(old.view_as(filled))
+            if filled.shape != old.shape:
+                raise ValueError(f"its buffer is {tuple(old.shape)}, not {tuple(filled.shape)}")
+            filled.copy_(old)
 
 
 # ==================================================================================== Algorithm
@@ -435,11 +437,11 @@ class Envs:
             else:  # the fast version of Atari can neither be filmed nor wrapped
                 def make():
                     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if atari else {})
-                    for wrapper in wrappers:
-                        env = wrapper(env)
                     if atari:
                         env = gym.wrappers.AtariPreprocessing(env)
                         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+                    for wrapper in wrappers:
+                        env = wrapper(env)
                     return prepare(env)
 
                 envs = Serial([make] * num_envs, autoreset_mode="SameStep")
@@ -475,6 +477,7 @@ class Envs:
             if not math.isfinite(actions.sum()):
                 raise FloatingPointError("the agent's actions are not finite")
             actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
+            actions = actions.astype(space.dtype, copy=False)
         with blame(f"{self.id} failed"):
             obs, rewards, terminations, truncations, infos = self.envs.step(actions)
             self.obs = next_obs = self.tensor(obs, self.dtype).view_as(self.obs)

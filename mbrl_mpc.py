@@ -614,11 +614,11 @@ class Envs:
             else:  # the fast version of Atari can neither be filmed nor wrapped
                 def make():
                     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if atari else {})
-                    for wrapper in wrappers:
-                        env = wrapper(env)
                     if atari:
                         env = gym.wrappers.AtariPreprocessing(env)
                         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+                    for wrapper in wrappers:
+                        env = wrapper(env)
                     return prepare(env)
 
                 envs = Serial([make] * num_envs, autoreset_mode="SameStep")
@@ -654,6 +654,7 @@ class Envs:
             if not math.isfinite(actions.sum()):
                 raise FloatingPointError("the agent's actions are not finite")
             actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
+            actions = actions.astype(space.dtype, copy=False)
         with blame(f"{self.id} failed"):
             obs, rewards, terminations, truncations, infos = self.envs.step(actions)
             self.obs = next_obs = self.tensor(obs, self.dtype).view_as(self.obs)

@@ -99,8 +99,9 @@ class RunningNorm(nn.Module):
         average(sums)
         self.sums += sums
         mean, square = self.sums[1:] / self.sums[0]
+        std = (square - mean.square()).clamp(min=0).sqrt()
         self.mean.copy_(mean)
-        self.std.copy_((square - mean.square()).clamp(min=1e-8).sqrt())
+        self.std.copy_(torch.where(std > 1e-6 * mean.abs(), std, 1))  # less is rounding
 
     def forward(self, x):
         return ((x - self.mean) / self.std).clamp(-10, 10)
@@ -442,11 +443,11 @@ class Envs:
             else:  # the fast version of Atari can neither be filmed nor wrapped
                 def make():
                     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if atari else {})
-                    for wrapper in wrappers:
-                        env = wrapper(env)
                     if atari:
                         env = gym.wrappers.AtariPreprocessing(env)
                         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+                    for wrapper in wrappers:
+                        env = wrapper(env)
                     return prepare(env)
 
                 envs = Serial([make] * num_envs, autoreset_mode="SameStep")
@@ -482,6 +483,7 @@ class Envs:
             if not math.isfinite(actions.sum()):
                 raise FloatingPointError("the agent's actions are not finite")
             actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
+            actions = actions.astype(space.dtype, copy=False)
         with blame(f"{self.id} failed"):
             obs, rewards, terminations, truncations, infos = self.envs.step(actions)
             self.obs = next_obs = self.tensor(obs, self.dtype).view_as(self.obs)

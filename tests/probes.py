@@ -101,6 +101,7 @@ for name, settings in {
     "NaNReward": dict(nan_after=60),
     "Start": dict(action_space=Discrete(3, start=5)),
     "Bounds": dict(action_space=BOUNDS, reward=lambda a: float(a.sum())),  # says what was executed
+    "Halves": dict(action_space=Box(-0.1, 0.3, (2,), np.float16)),  # neither bound is a half
     "Unbounded": dict(action_space=UNBOUNDED),
     "Misshapen": dict(),
     "Sequence": dict(obs_space=gym.spaces.Sequence(COUNT)),

@@ -365,6 +365,12 @@ def test_running_norm_knows_the_moments_of_all_it_was_told_of(offset):
     assert np.allclose(outputs, (batches[-1] - everything.mean(0)) / everything.std(0), atol=1e-2)
 
 
+def test_running_norm_leaves_what_never_varied_as_wide_as_it_is():
+    norm, x = RunningNorm(4), torch.tensor([[0.0, 0.1, 300.0, 1e-6], [0.0, 0.1, 300.0, -1e-6]])
+    norm.update(torch.cat([torch.tensor([2]), x.double().sum(0), x.double().square().sum(0)]))
+    assert norm.std.tolist() == pytest.approx([1, 1, 1, 1e-6])
+
+
 def test_statistics_of_observations_far_from_0_keep_their_digits(monkeypatch):
     monkeypatch.setattr(Agent, "features", lambda agent, obs: obs + 30_000)
     agent, _ = train("probes:Counter-v0", norm_obs=True, total_timesteps=200)
@@ -444,8 +450,9 @@ def test_the_number_of_environments_does_not_change_the_result(method):
 
 def test_an_episode_is_left_after_the_most_steps_that_are_allowed(spy):
     calls = spy(cem_es, "cem")
-    train("probes:Endless-v0", max_episode_steps=7, total_timesteps=100)
+    _, history = train("probes:Endless-v0", max_episode_steps=7, total_timesteps=100)
     assert {x for call in calls for x in call["fitness"].tolist()} == {7.0}
+    assert {(row["episode_return"], row["episode_length"]) for row in history} == {(7.0, 7.0)}
 
 
 def test_the_last_episodes_are_not_those_that_ended_last():
@@ -521,6 +528,14 @@ def test_a_resumed_search_goes_on_exactly_with_all_that_the_method_remembers(
     assert same(part.state_dict(), whole.state_dict())
     assert same(timeless(resumed), timeless(history))
     assert same(cem_es.load("part")["search"], cem_es.load("whole")["search"])
+
+
+def test_a_resumed_search_takes_a_new_deviation():
+    settings = dict(method="es", run_dir="run", es_sigma=0.5, total_timesteps=400)
+    train("CartPole-v1", **settings)
+    args = Args(**cem_es.load("run")["args"] | dict(total_timesteps=800, es_sigma=0.25))
+    _, history = cem_es.train(args, "run")
+    assert history[-1]["sigma"] == 0.25
 
 
 @pytest.mark.parametrize("method, settings", [

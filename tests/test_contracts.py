@@ -475,6 +475,9 @@ def test_actions_are_clipped_to_the_bounds_of_each_dimension(script, module):
                               ([[2, 10], [-1, 0]], [[2, 10], [-1, 0]])]:
         rewards = envs.step(torch.tensor(actions, dtype=torch.float))[1]
         assert rewards.tolist() == [sum(action) for action in executed]  # so the probe pays
+    halves = module.Envs("probes:Halves-v0", 2, torch.device("cpu"))  # nor what is no half
+    halves.reset(1)
+    halves.step(torch.tensor([[-50, 50], [0.01, 0.03]], dtype=torch.float))
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -1,5 +1,6 @@
 """DQN against independent oracles: definitions, loops, streams of episodes, numbers by hand."""
 import dataclasses
+import importlib
 import pathlib
 import shutil
 
@@ -397,6 +398,17 @@ def test_a_buffer_saves_what_is_filled_and_loads_it():
     assert same(*results)
 
 
+@pytest.mark.parametrize("name", ["dqn", "ddpg", "naf"])
+@pytest.mark.parametrize("num_envs", [2, 8])
+def test_a_full_buffer_of_other_environments_is_refused(name, num_envs):
+    module = importlib.import_module(name)
+    settings = small(name, env="Pendulum-v1" if name != "dqn" else "CartPole-v1", num_envs=4,
+                     run_dir="run", buffer_size=64, total_timesteps=256)
+    module.train(module.Args(**settings))
+    with pytest.raises(module.UserError, match="its buffer is"):  # as many numbers, other rows
+        module.train(module.Args(**settings | dict(num_envs=num_envs)), "run")
+
+
 def test_a_resumed_run_with_every_option_is_the_run_that_never_stopped(monkeypatch):
     save, kept = dqn.Run.save, []
 
@@ -497,6 +509,14 @@ def test_training_draws_by_priority_and_sets_priorities_by_the_error_after_each_
     sampled.clear(), prioritized.clear()
     train("CartPole-v1", total_timesteps=64)
     assert all(sample["beta"] is None for sample in sampled) and not prioritized
+
+
+def test_what_cannot_be_learnt_from_is_not_drawn_for_its_error(spy):
+    sampled, prioritized = spy(ReplayBuffer, "sample"), spy(ReplayBuffer, "prioritize")
+    train("probes:ImageFirst-v0", prioritized=True, frame_stack=3, batch_size=16)
+    importance = torch.cat([sample["out"][-1] for sample in sampled])
+    td_errors = torch.cat([given["td_errors"] for given in prioritized])
+    assert torch.equal(td_errors != 0, importance > 0) and 0.1 < (td_errors == 0).float().mean() < 0.9
 
 
 # Settings.

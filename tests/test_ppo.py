@@ -397,6 +397,13 @@ def test_running_norm_knows_the_moments_of_all_it_was_given(offset):
     assert np.allclose(outputs, (batches[-1] - everything.mean(0)) / everything.std(0), atol=1e-2)
 
 
+def test_running_norm_leaves_what_never_varied_as_wide_as_it_is():
+    norm = RunningNorm((4,))
+    for _ in range(100):
+        norm.update(torch.tensor([[0.0, 0.1, 300.0, 1e-6], [0.0, 0.1, 300.0, -1e-6]] * 7))
+    assert norm.std.tolist() == pytest.approx([1, 1, 1, 1e-6])
+
+
 # Learning.
 
 

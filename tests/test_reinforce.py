@@ -130,6 +130,12 @@ def test_what_is_cut_off_is_reported(spy):
     assert [row["episode_length"] for row in history] == [3.0, 3.0]
 
 
+def test_steps_of_atari_are_the_agents_and_not_the_games():
+    pytest.importorskip("ale_py")
+    _, history = train("ALE/Pong-v5", num_envs=1, total_timesteps=12, max_episode_steps=6)
+    assert [row["episode_length"] for row in history] == [6.0, 6.0]
+
+
 def test_steps_that_were_only_waited_through_are_counted_as_steps(spy):
     steps = spy(reinforce.Envs, "step")
     _, history = train("probes:Uneven-v0", total_timesteps=300)
