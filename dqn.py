@@ -196,6 +196,8 @@ class ReplayBuffer:
     def kept(self, obs, begins, actions, next_obs, rewards, terminations):
         """What of a rollout is held, and its priorities: new transitions are to be drawn soon."""
         if self.frame_stack > 1:
+            if (obs[:, :, self.channels:] != next_obs[:, :, :-self.channels]).any():
+                raise UserError(f"frame_stack is {self.frame_stack}; observations are not such")
             obs, next_obs = obs[:, :, -self.channels:], next_obs[:, :, :0]
         return obs, begins, actions, next_obs, rewards, terminations, self.highest.expand_as(begins)
 

@@ -512,11 +512,21 @@ def test_training_draws_by_priority_and_sets_priorities_by_the_error_after_each_
 
 
 def test_what_cannot_be_learnt_from_is_not_drawn_for_its_error(spy):
+    pytest.importorskip("ale_py")
     sampled, prioritized = spy(ReplayBuffer, "sample"), spy(ReplayBuffer, "prioritize")
-    train("probes:ImageFirst-v0", prioritized=True, frame_stack=3, batch_size=16)
+    train("ALE/Pong-v5", prioritized=True, frame_stack=4, total_timesteps=96)
     importance = torch.cat([sample["out"][-1] for sample in sampled])
     td_errors = torch.cat([given["td_errors"] for given in prioritized])
-    assert torch.equal(td_errors != 0, importance > 0) and 0.1 < (td_errors == 0).float().mean() < 0.9
+    assert torch.equal(td_errors == 0, importance == 0)
+    assert 0.02 < (importance == 0).float().mean() < 0.5  # the first frames of each episode
+
+
+@pytest.mark.parametrize("env, frame_stack", [("ALE/Pong-v5", 2), ("probes:ImageFirst-v0", 3)])
+def test_stacks_of_other_frames_are_refused(env, frame_stack):
+    if env.startswith("ALE"):
+        pytest.importorskip("ale_py")
+    with pytest.raises(dqn.UserError, match=f"frame_stack is {frame_stack}"):
+        train(env, frame_stack=frame_stack)
 
 
 # Settings.
