@@ -91,7 +91,8 @@ def save(figure, path):
 def draw():
     from run import ROWS, read
     grid(ROWS, read, HERE / "curves.svg")
-    pendulum = [row for row in ROWS if row.env == "Pendulum-v1"]
+    pendulum = [row for row in ROWS if row.env == "Pendulum-v1"
+                and row.script in ("mbrl_mpc", "ddpg", "naf", "ppo")]
     figure = Figure((7, 4), layout="constrained")
     axes = figure.subplots()
     panel(axes, pendulum, read)
