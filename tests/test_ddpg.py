@@ -321,7 +321,7 @@ def test_a_checkpoint_holds_what_is_filled_and_goes_on_exactly(algorithm, tmp_pa
         with pytest.raises(ValueError, match="its buffer"):
             smaller.load_state_dict(buffer.state_dict())
         wider = algorithm.ReplayBuffer(900, *(x.repeat_interleave(3, 0) for x in transition(0)))
-        with pytest.raises(ValueError, match="its buffer"):  # or each transition would be there three times
+        with pytest.raises(ValueError, match="its buffer"):  # or each would be there three times
             wider.load_state_dict({**buffer.state_dict(), "data": [
                 x[:, :1] for x in buffer.state_dict()["data"]]})
 
