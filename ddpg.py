@@ -233,7 +233,7 @@ def train(args, resume=""):
             targets = td_target(rewards, next_values, terminations, args.gamma)             # (1)
         features = agent.encoder(obs)
         q_values = agent.q_values(features, actions)
-        critic_loss = F.mse_loss(q_values, targets)                                           # (2)
+        critic_loss = F.mse_loss(q_values, targets)                                         # (2)
         actor_loss = -agent.q_values(features, agent.mu(features)).mean()                   # (3)
         weights.grad.zero_()
         critic_loss.backward()
