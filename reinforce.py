@@ -285,15 +285,20 @@ class UserError(ValueError):
     """Something the user can put right: one line on the command line, exit code 2."""
 
 
-@contextlib.contextmanager
-def blame(what):
-    """Tell any exception of this block as a UserError about `what`."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:  # a module may exit when it is imported
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{what}: {why} ({os.path.basename(at.filename)}:{at.lineno})") from error
+@dataclass
+class blame:
+    """Tell any exception of a `with` block as a UserError about `what`."""
+    what: str
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, (Exception, SystemExit)):  # a module may exit when it is imported
+            at = traceback.extract_tb(trace)[-1]
+            why = " ".join(f"{kind.__name__}: {error}".split())[:300]
+            place = f"{os.path.basename(at.filename)}:{at.lineno}"
+            raise UserError(f"{self.what}: {why} ({place})") from error
 
 
 def preset(env):
@@ -490,11 +495,13 @@ class Envs:
             dones = terminations | truncations
             ended = dones.nonzero()[0].tolist()
             if ended:
-                next_obs = next_obs.clone()
-                next_obs[ended] = self.tensor([infos["final_obs"][i] for i in ended], self.dtype)
+                obs = np.array(obs, self.dtype)
+                for i in ended:
+                    obs[i] = infos["final_obs"][i]
+                next_obs = self.tensor(obs, self.dtype).view_as(self.obs)
         self.returns += rewards
         self.lengths += 1
-        if not math.isfinite(self.returns.sum()):
+        if not math.isfinite(sum(self.returns.tolist())):
             raise UserError(f"{self.id} gave the rewards {rewards.tolist()}")
         for i in ended:
             self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))

@@ -53,6 +53,18 @@ class Reusing(Probe):
         return self.array, *rest
 
 
+class WholeFirst(Probe):
+    """Begins with whole numbers and goes on in halves, so that their arrays differ in kind."""
+
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return obs.astype(int), info
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs / 2, *rest
+
+
 class Misshapen(Probe):
     """From the 60th step on, its observations have another shape than they should."""
 
@@ -103,6 +115,7 @@ for name, settings in {
     "Bounds": dict(action_space=BOUNDS, reward=lambda a: float(a.sum())),  # says what was executed
     "Halves": dict(action_space=Box(-0.1, 0.3, (2,), np.float16)),  # neither bound is a half
     "Unbounded": dict(action_space=UNBOUNDED),
+    "WholeFirst": dict(length=3),
     "Misshapen": dict(),
     "Sequence": dict(obs_space=gym.spaces.Sequence(COUNT)),
     "Multi": dict(action_space=MultiDiscrete([2, 3])),
@@ -116,7 +129,7 @@ for name, settings in {
     "BoxTarget": dict(length=1, action_space=BOUNDS,
                       reward=lambda a: -(a[0] - 1.5) ** 2 - ((a[1] - 3) / 5) ** 2),
 }.items():
-    kind = dict(Reusing=Reusing, Misshapen=Misshapen).get(name, Probe)
+    kind = dict(Reusing=Reusing, WholeFirst=WholeFirst, Misshapen=Misshapen).get(name, Probe)
     gym.register(f"{name}-v0", kind, kwargs=settings, disable_env_checker=True)
     if "action_space" not in settings:  # and the same for those who take no discrete actions
         gym.register(f"Box{name}-v0", kind, kwargs=settings | dict(action_space=BOUNDS),

@@ -401,6 +401,13 @@ def test_next_obs_follows_obs_even_where_an_episode_ends(script, module, name):
     assert envs.episodes == [(i, 5.0, 5) for i in range(3)] * 2
 
 
+def test_next_obs_keeps_fractions_where_the_next_episode_begins_with_whole_numbers(script, module):
+    env = probe(module, "WholeFirst")
+    obs, next_obs, *_ = rollout(module, env, 6, num_envs=1)
+    assert obs.flatten().tolist() == [0, 0.5, 1] * 2
+    assert next_obs.flatten().tolist() == [0.5, 1, 1.5] * 2
+
+
 def test_the_environments_say_where_an_episode_begins(script, module):
     envs = module.Envs(probe(module, "Uneven"), 5, torch.device("cpu"))  # episodes of 1 and of 9
     envs.reset(1)
