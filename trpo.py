@@ -395,7 +395,9 @@ class UserError(ValueError):
 
 @dataclass
 class blame:
-    """Tell any exception of a `with` block as a UserError about `what`."""
+    """Tell any exception of a `with` block as a UserError about `what`.
+
+    A class, since contextlib's generators would cost every step some time."""
     what: str
 
     def __enter__(self):
@@ -603,13 +605,13 @@ class Envs:
             dones = terminations | truncations
             ended = dones.nonzero()[0].tolist()
             if ended:
-                obs = np.array(obs, self.dtype)
+                obs = np.array(obs, self.dtype)  # a first observation may be of whole numbers
                 for i in ended:
                     obs[i] = infos["final_obs"][i]
                 next_obs = self.tensor(obs, self.dtype).view_as(self.obs)
         self.returns += rewards
         self.lengths += 1
-        if not math.isfinite(sum(self.returns.tolist())):
+        if not math.isfinite(sum(self.returns.tolist())):  # faster than numpy's
             raise UserError(f"{self.id} gave the rewards {rewards.tolist()}")
         for i in ended:
             self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
