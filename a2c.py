@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Advantage Actor-Critic (A2C): a few steps of many environments, then one step of the policy.
 
-The policy gradient weighs the log-probability of each action by its advantage: how much better
-things went than the value V foretold. V also stands in for whatever follows the few steps that
-were seen, so that nothing has to wait for the end of an episode; what so short a batch lacks in
-length, environments in parallel give it in variety.
+The policy gradient weights the log-probability of each action by its advantage: how much better the
+action did than the critic V predicted. V also predicts the rewards that follow the few steps, so no
+update waits for the end of an episode. Parallel environments make up for the short batch.
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
@@ -14,18 +13,19 @@ length, environments in parallel give it in variety.
 
     repeat
         collect num_steps transitions from each of num_envs environments with pi
-        estimate their advantages (1) and returns (2)
-        take one step down the gradient of the loss (4)
+        compute their advantages (1) and returns (2)
+        take one RMSprop step on the loss (4)
 
-Mnih et al. 2016, arXiv:1602.01783, whose A3C lets every worker change the weights on its own, with
-gradients of weights that the others have changed since. Here all wait for each other and take one
-step together, which learns as well, keeps the matrices large and can be repeated to the bit. With
-gae_lambda = 1, (2) are the paper's n-step returns; less is GAE, arXiv:1506.02438. The epsilon of
-RMSprop stands outside of its root, not inside. Where most versions let a time limit end an episode
-like any other end, here the value of the state that was cut off stands in for the rest. Example:
---env Acrobot-v1
+Mnih et al. 2016, arXiv:1602.01783, with the epsilon of RMSprop added outside the square root. With
+gae_lambda = 1, (2) are the paper's n-step returns; less is GAE, arXiv:1506.02438. Processes of
+torchrun average their gradients and take one step together. With --asynchronous they are the
+workers of A3C, the paper's algorithm: each changes the shared weights and waits for no other, see
+`share`. A time limit (truncation) bootstraps from V(next_obs); only a termination does not.
+
+    python a2c.py --env Acrobot-v1
+    torchrun --nproc-per-node 4 a2c.py --env Acrobot-v1 --asynchronous
 """
-import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
+import argparse, collections, contextlib, csv, fnmatch, functools, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
 from dataclasses import asdict, dataclass, field, fields
 
@@ -47,39 +47,37 @@ class Args:
     env: str = arg("CartPole-v1", "environment id; module:Id imports the module first")
     total_timesteps: int = arg(1_000_000, "steps over all environments and processes", 1)
     num_envs: int = arg(8, "parallel environments in each process", 1)
-    seed: int = arg(1, "seed of the networks, the environments and every draw", 0)
-    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
+    seed: int = arg(1, "seed of networks, environments and sampling", 0, 2**53)
+    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda if there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
-    run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
+    run_dir: str = arg("", "folder of the run; default: a new one in runs/, from Python none")
+    checkpoint_every: int = arg(0, "steps between checkpoints; 0: one a minute", 0)
     # The algorithm.
     num_steps: int = arg(5, "steps of each environment in a batch", 1)
-    optimizer: typing.Literal["rmsprop", "adam"] = arg("rmsprop", "rmsprop or adam")
-    learning_rate: float = arg(7e-4, "step size of the optimizer", 0)
+    learning_rate: float = arg(7e-4, "step size of RMSprop", 0)
     gamma: float = arg(0.99, "discount factor", 0, 1)
-    gae_lambda: float = arg(1.0, "lambda of (1): 0 trusts V, 1 trusts the rewards", 0, 1)
+    gae_lambda: float = arg(1.0, "lambda of GAE (1)", 0, 1)
     anneal: bool = arg(True, "lower learning_rate linearly to 0")
+    asynchronous: bool = arg(False, "A3C: processes do not wait for each other (CPU only)")
     ent_coef: float = arg(0.0, "weight of the entropy bonus", 0)
     vf_coef: float = arg(0.5, "weight of the value loss", 0)
-    max_grad_norm: float = arg(0.5, "longer gradients are scaled down to this norm", 0)
+    max_grad_norm: float = arg(0.5, "gradients are clipped to this norm", 0)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
-    shared_network: bool = arg(False, "one pair of hidden layers for both; for images always")
-    log_std: float = arg(0.0, "log of actions' first deviation, relative to half their range")
-    norm_obs: bool = arg(True, "standardise vector observations by running statistics")
-    norm_returns: bool = arg(True, "divide rewards by the running deviation of the returns")
+    log_std: float = arg(0.0, "initial log standard deviation, for actions in [-1, 1]")
+    norm_obs: bool = arg(True, "normalize vector observations by running statistics")
+    norm_returns: bool = arg(True, "divide rewards by the running std of the returns")
 
     def __init__(self, **given):
-        settle(self, given)  # what is given beats the preset, which beats the default
+        apply_settings(self, given)
 
 
 MUJOCO = dict(num_envs=16, num_steps=16, learning_rate=2e-3, gae_lambda=0.95, log_std=-0.5)
-PRESETS = {  # what is known to work (for ALE, in the literature); keys may be patterns
-    "CartPole-v1": dict(total_timesteps=60_000, num_steps=16, learning_rate=3e-3,
-                        gae_lambda=0.95),
+PRESETS = {  # settings that are known to work; keys may be patterns
+    "CartPole-v1": dict(total_timesteps=60_000, num_steps=16, learning_rate=3e-3, gae_lambda=0.95),
     "Acrobot-v1": dict(total_timesteps=300_000, num_envs=16, num_steps=16, learning_rate=3e-3,
                        gae_lambda=0.95),
-    "Pendulum-v1": dict(num_envs=16, num_steps=16, optimizer="adam", learning_rate=2e-3,
-                        gamma=0.95, gae_lambda=0.95, norm_obs=False),
+    "Pendulum-v1": dict(num_envs=16, num_steps=16, learning_rate=2e-3, gamma=0.95, gae_lambda=0.95,
+                        norm_obs=False),
     "HalfCheetah-v5": MUJOCO, "InvertedDoublePendulum-v5": MUJOCO,
     "*ALE/*": dict(total_timesteps=10_000_000, num_envs=16, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"
@@ -87,7 +85,7 @@ ACTION_SPACES = "Discrete", "Box"
 
 # ===================================================================================== Networks
 class RunningNorm(nn.Module):
-    """Standardises (..., *shape) by the mean and deviation of all that `update` was given."""
+    """Normalizes (..., *shape) by the mean and standard deviation of all that `update` saw."""
 
     def __init__(self, shape):
         super().__init__()
@@ -96,22 +94,22 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x):
-        """Take in x (B, *shape); in double precision, for the sake of means far from 0."""
+        """Add x (B, *shape) to the statistics, in double precision for means far from 0."""
         x = x.double()
         sums = torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
-        average(sums)
+        all_reduce_mean(sums)
         self.sums += sums
         mean, square = self.sums[1:] / self.sums[0]
         std = (square - mean.square()).clamp(min=0).sqrt()
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 1e-6 * mean.abs(), std, 1))  # less is rounding
+        self.std.copy_(torch.where(std > 1e-6 * mean.abs(), std, 1))  # less is rounding error
 
     def forward(self, x):
         return ((x - self.mean) / self.std).clamp(-10, 10)
 
 
 class NatureCNN(nn.Sequential):
-    """Images (..., C, H, W) of bytes to features (..., 512), as in Mnih et al. 2015."""
+    """Features (..., 512) of images (..., C, H, W) of bytes, as in Mnih et al. 2015."""
 
     def __init__(self, shape):
         super().__init__(nn.Conv2d(shape[0], 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2),
@@ -123,64 +121,57 @@ class NatureCNN(nn.Sequential):
         return features.unflatten(0, images.shape[:-3])
 
 
-class MLP(nn.Sequential):
-    def __init__(self, *sizes):
-        layers = [layer for n, m in zip(sizes, sizes[1:]) for layer in (nn.Linear(n, m), nn.Tanh())]
-        super().__init__(*layers[:-1])
-
-    def forward(self, x):
-        for layer in self:
-            x = layer.forward(x)  # layer(x) would look for hooks, of which there are none
-        return x
+def mlp(*sizes):
+    layers = [layer for n, m in zip(sizes, sizes[1:]) for layer in (nn.Linear(n, m), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
 
 
 class Agent(nn.Module):
-    """The policy pi and its value V: an actor and a critic that see the same features."""
+    """The policy pi (actor) and the value function V (critic)."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        outputs = gym.spaces.flatdim(action_space)  # one per action, or per part of one
+        outputs = gym.spaces.flatdim(action_space)  # logits, or means
         if len(obs_space.shape) == 3:
             self.encoder, sizes = NatureCNN(obs_space.shape), [512]
         else:
             self.encoder = RunningNorm(obs_space.shape) if args.norm_obs else nn.Identity()
             sizes = [obs_space.shape[0], args.hidden_size, args.hidden_size]
-            if args.shared_network:
-                self.encoder = nn.Sequential(self.encoder, MLP(*sizes), nn.Tanh())
-                sizes = sizes[-1:]
-        self.actor, self.critic = MLP(*sizes, outputs), MLP(*sizes, 1)
-        for x in self.parameters():
-            nn.init.orthogonal_(x, math.sqrt(2)) if x.dim() > 1 else nn.init.zeros_(x)
-        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first all actions are alike
+        self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
+        for p in self.parameters():
+            nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
+        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # all actions are alike at first
         nn.init.orthogonal_(self.critic[-1].weight, 1)
         self.return_norm = RunningNorm(())
-        if not self.discrete:  # the actor's [-1, 1] is stretched over finite bounds
-            _, _, self.center, self.scale = map(nn.Buffer, bounds(action_space))
+        if not self.discrete:  # outputs from -1 to 1 cover the bounds
+            _, _, self.center, self.scale = map(nn.Buffer, box_bounds(action_space))
             self.log_std = nn.Parameter(self.scale.log() + args.log_std)
 
     def value(self, obs):
         return self.critic(self.encoder(obs)).squeeze(-1)
 
-    def evaluate(self, obs, actions):
-        """log pi(actions | obs), entropy of pi(. | obs) and V(obs): (...) for obs (..., *shape)."""
+    def evaluate_actions(self, obs, actions):
+        """log pi(actions | obs), the entropy of pi(. | obs) and V(obs), each of shape (...).
+
+        The same as torch.distributions gives, in half the time."""
         features = self.encoder(obs)
         outputs, values = self.actor(features), self.critic(features).squeeze(-1)
         if self.discrete:
             log_pi = outputs.log_softmax(-1)
             log_probs = log_pi.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
             return log_probs, -(log_pi.exp() * log_pi).sum(-1), values
-        deviations = (actions - self.center - self.scale * outputs) / self.log_std.exp()
-        log_volume = self.log_std.sum() + len(self.log_std) / 2 * math.log(2 * math.pi)
-        log_probs = -deviations.square().sum(-1) / 2 - log_volume
-        return log_probs, (log_volume + len(self.log_std) / 2).expand_as(values), values
+        z = (actions - self.center - self.scale * outputs) / self.log_std.exp()
+        log_normalizer = self.log_std.sum() + len(self.log_std) / 2 * math.log(2 * math.pi)
+        log_probs = -z.square().sum(-1) / 2 - log_normalizer
+        return log_probs, (log_normalizer + len(self.log_std) / 2).expand_as(values), values
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False):
-        """Draw actions (N,) or (N, action_dim) for obs (N, *shape), or take the most likely."""
+        """Sample actions (N,) or (N, action_dim) for obs (N, *shape), or take the most probable."""
         outputs = self.actor(self.encoder(obs))
         if self.discrete:
-            if not deterministic:  # with Gumbel noise the argmax is a draw from the softmax
+            if not deterministic:  # the argmax with Gumbel noise is a sample of the softmax
                 outputs = outputs - torch.empty_like(outputs).exponential_().log()
             return outputs.argmax(-1)
         mean = self.center + self.scale * outputs
@@ -189,10 +180,9 @@ class Agent(nn.Module):
 
 # ==================================================================================== Algorithm
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
-    """Advantages (1) and returns (2); everything is (T, N).
-
-    After a termination nothing follows; the sum over time stops where an episode does."""
-    deltas = rewards + gamma * (1 - terminations) * next_values - values
+    """Advantages (1) and returns (2); every tensor is (T, N)."""
+    next_values = torch.where(terminations > 0, 0.0, next_values)  # even if it is NaN
+    deltas = rewards + gamma * next_values - values
     decays = gamma * gae_lambda * (1 - dones)
     advantages, advantage = [], torch.zeros_like(deltas[0])
     for delta, decay in zip(deltas.flip(0), decays.flip(0)):
@@ -203,49 +193,86 @@ def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_la
 
 
 def explained_variance(values, returns):
-    """1 where V foretells every return, 0 where a constant would do as well."""
+    """1 if V predicts every return, 0 if it does no better than a constant."""
     return 1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
 
 
+def share(agent, weights, optimizer, step):
+    """A3C: let the processes share all that they learn; return (local_weights, steps).
+
+    `weights`, the optimizer's `squares`, the sums of every RunningNorm and `steps`, the steps of
+    each process, move to shared memory. Every agent keeps its own copy, local_weights. From now on
+    each process repeats, without locks and without waiting:
+
+         collect a batch with local_weights, compute grad, the gradient of its loss (4)
+    (5)  squares = 0.99 * squares + 0.01 * grad^2
+    (6)  weights = weights - learning_rate * grad / (sqrt(squares) + 1e-5)
+    (7)  local_weights = weights"""
+    import tempfile
+    if not optimizer.state:
+        optimizer.step()  # creates the squares; it moves nothing, as the gradient is 0
+    local_weights, steps = weights.detach(), torch.zeros(WORLD_SIZE, dtype=torch.long)
+    steps[0] = step
+    sums = [module.sums for module in agent.modules() if isinstance(module, RunningNorm)]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        folders = [folder]
+        if WORLD_SIZE > 1:
+            torch.distributed.broadcast_object_list(folders)  # all take that of process 0
+        for i, x in enumerate([weights, optimizer.state[weights]["square_avg"], steps, *sums]):
+            shared = torch.from_file(f"{folders[0]}/{i}", True, x.numel(), dtype=x.dtype)
+            if RANK == 0:
+                shared.copy_(x.flatten())
+            x.data = shared.view_as(x)
+        if WORLD_SIZE > 1:
+            torch.distributed.barrier()  # now all have mapped the files, which can be deleted
+            torch.distributed.destroy_process_group()  # from now on all_reduce_mean does nothing
+    return local_weights, steps
+
+
 def train(args, resume=""):
-    """Train, from the start or on from the run folder `resume`; return agent and history."""
+    """Train a new agent, or resume the run in the folder `resume`; return (agent, history)."""
+    batch_size = args.num_envs * args.num_steps
     device = setup(args)
-    envs = Envs(args.env, args.num_envs, device)
+    if args.asynchronous and device.type != "cpu":
+        raise UserError("asynchronous processes share CPU memory: pass --device cpu")
+    envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
-    weights = flatten(agent)
+    weights = flatten_parameters(agent)
+    # On a GPU, graphs read what changes over time from tensors.
     learning_rate = torch.tensor(args.learning_rate, device=device)
-    kind = dict(adam=functools.partial(torch.optim.Adam, fused=True), rmsprop=torch.optim.RMSprop)
-    optimizer = kind[args.optimizer]([weights], learning_rate, eps=1e-5,
-                                     capturable=device.type == "cuda")
-    # By its name, as the state of one kind of optimizer is of no use to the other.
-    run = Run(args, envs, resume, agent=agent, **{args.optimizer: optimizer})
+    optimizer = torch.optim.RMSprop([weights], learning_rate, eps=1e-5,
+                                    capturable=device.type == "cuda")
+    run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
+    if args.asynchronous:
+        local_weights, steps = share(agent, weights, optimizer, run.step)
 
     def update(obs, actions, next_obs, rewards, terminations, dones):
-        """Take one step on a batch (T, N, ...); return its losses, entropy and the critic's fit."""
-        log_probs, entropy, values = agent.evaluate(obs, actions)
-        with torch.no_grad():  # as the weights of (3) and the targets of (4) these are constants
+        """One RMSprop step on a batch (T, N, ...); return what is logged (4,)."""
+        log_probs, entropy, values = agent.evaluate_actions(obs, actions)
+        with torch.no_grad():  # advantages and returns are constants in (3) and (4)
             advantages, returns = compute_gae(
                 rewards / agent.return_norm.std, values, agent.value(next_obs), terminations,
-                dones, args.gamma, args.gae_lambda)
+                dones, args.gamma, args.gae_lambda)                                     # (1), (2)
         policy_loss = -(log_probs * advantages).mean()                                      # (3)
         value_loss = F.mse_loss(values, returns)
         loss = policy_loss + args.vf_coef * value_loss                                      # (4)
         if args.ent_coef:
             loss = loss - args.ent_coef * entropy.mean()
-        weights.grad.zero_()
+        weights.grad.zero_()  # optimizer.zero_grad() and clip_grad_norm_() take 40 us longer
         loss.backward()
-        average(weights.grad)
+        all_reduce_mean(weights.grad)
         weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
-        optimizer.step()
+        optimizer.step()                                                               # (5), (6)
+        if args.asynchronous:
+            local_weights.copy_(weights)                                                    # (7)
         if args.norm_returns:
             agent.return_norm.update((returns * agent.return_norm.std).flatten())
-        for layer in agent.encoder.modules():
-            if isinstance(layer, RunningNorm):
-                layer.update(obs.flatten(0, 1))
+        if isinstance(agent.encoder, RunningNorm):
+            agent.encoder.update(obs.flatten(0, 1))
         return torch.stack([policy_loss, value_loss, entropy.mean(),
                             explained_variance(values, returns)]).detach()
 
-    act, update = (capture(f, device) for f in (agent.act, update))
+    act, update = (cuda_graph(f, device) for f in (agent.act, update))
     while run.step < args.total_timesteps:
         run.checkpoint()
         remaining = 1 - run.step / args.total_timesteps if args.anneal else 1
@@ -256,11 +283,14 @@ def train(args, resume=""):
             obs, actions = envs.obs, act(envs.obs)
             rollout.append((obs, actions, *envs.step(actions)))
         rollout = [torch.stack(x) for x in zip(*rollout)]  # each (T, N, ...)
-        run.step += args.num_steps * args.num_envs * WORLD_SIZE
+        run.step += batch_size * WORLD_SIZE
+        if args.asynchronous:
+            steps[RANK] += batch_size
+            run.step = int(steps.sum())
 
-        policy_loss, value_loss, entropy, fit = update(*rollout)
+        policy_loss, value_loss, entropy, explained_var = update(*rollout)
         run.log(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy,
-                explained_variance=fit)
+                explained_variance=explained_var)
     run.finish()
     return agent, run.history
 
@@ -268,107 +298,95 @@ def train(args, resume=""):
 # ===================================================================================== Plumbing
 # The same text in all nine scripts: processes, environments, run folder and command line.
 
-NAME = pathlib.Path(__file__).stem
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # a stray one must not silence it
-SCRIPTS = {"Discrete": "reinforce, a2c, ppo, trpo, dqn, cem_es, mbrl_mpc",
-           "Box": "reinforce, a2c, ppo, trpo, ddpg, naf, cem_es, mbrl_mpc"}
+NAME = pathlib.Path(globals().get("__file__", "notebook.py")).stem
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
+OPENED = []  # environments and writers that clean_up closes
 
 
 class UserError(ValueError):
-    """Something the user can put right: one line on the command line, exit code 2."""
+    """A mistake that the user can correct: one line on the command line, exit code 2."""
 
 
-@dataclass
-class blame:
-    """Tell any exception of a `with` block as a UserError about `what`.
-
-    A class, since contextlib's generators would cost every step some time."""
-    what: str
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, (Exception, SystemExit)):  # a module may exit when it is imported
-            at = traceback.extract_tb(trace)[-1]
-            why = " ".join(f"{kind.__name__}: {error}".split())[:300]
-            place = f"{os.path.basename(at.filename)}:{at.lineno}"
-            raise UserError(f"{self.what}: {why} ({place})") from error
-
-
-def preset(env):
-    return next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(str(env), key)), {})
+def apply_settings(args, given):
+    """Given settings beat the preset of the environment, which beats the defaults."""
+    env = str(given.get("env", args.env))
+    preset = next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(env, key)), {})
+    if unknown := given.keys() - {f.name for f in fields(args)}:
+        raise UserError(f"there is no setting {', '.join(unknown)}")
+    for f in fields(args):
+        value, kind = given.get(f.name, preset.get(f.name, f.default)), type(f.default)
+        (low, high), choices = f.metadata["limits"], typing.get_args(f.type)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            new = os.fspath(value) if kind is str else kind(float(value))  # 1e5 is an int, too
+            if new in (choices or [new]) if kind is str else low <= new == float(value) <= high:
+                setattr(args, f.name, new)
+                continue
+        limits = f" from {low:g} to {high:g}" * (kind in (int, float))
+        wanted = " or ".join(choices) or kind.__name__ + limits
+        raise UserError(f"{f.name} is {value}, but must be {wanted}")
 
 
-def settle(args, given):
-    """Fill in args: the defaults, over them the environment's preset, over that what is given.
-
-    Refuse settings that do not exist, are of a wrong type or are outside their limits."""
-    known = {f.name: f for f in fields(args)}
-    defaults = {name: f.default for name, f in known.items()}
-    for name, wanted in (defaults | preset(given.get("env", args.env)) | given).items():
-        if name not in known:
-            raise UserError(f"there is no setting {name}")
-        with blame(f"{name} cannot be {wanted!r}"):
-            kind = type(known[name].default)
-            vars(args)[name] = value = kind(wanted)  # numpy's numbers would spoil a checkpoint
-            if wanted is None or value != wanted and str(value) != str(wanted):
-                raise TypeError(f"it is no {kind.__name__}")
-        (low, high), choices = known[name].metadata["limits"], typing.get_args(known[name].type)
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise UserError(f"{name} is {value}, which is not between {low} and {high}")
-        if choices and value not in choices:
-            raise UserError(f"{name} is {value}, which is none of {', '.join(choices)}")
-
-
-def seed_all(*key):
-    """Seed every generator with a number drawn from the key; return it for the environments."""
+def seed_everything(*key):
+    """Seed all generators with a number made from the key; return it for the environments."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     return seed
 
 
+@contextlib.contextmanager
+def clean_up():
+    """On exit, close what was opened, and restore torch's threads and all random states."""
+    opened, threads = len(OPENED), torch.get_num_threads()
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(states[0]), np.random.set_state(states[1])
+        torch.set_num_threads(threads)
+        while len(OPENED) > opened:
+            with contextlib.suppress(Exception):  # it must not cost the result
+                OPENED.pop().close()
+
+
 def setup(args):
-    """Take the device, join the other processes, and seed the networks alike in all of them."""
+    """Choose the device, join the other processes, and seed the networks alike in all of them."""
     name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    with blame(f"device {name} cannot be used"):
+    try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, dtype=torch.double, device=device).item()  # Apple's mps has none
+        torch.zeros(1, dtype=torch.double, device=device).item()  # mps has no double
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"device {name} cannot be used: {error}") from error
     if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # warm-up must not use the default stream
-    torch.set_num_threads(args.threads)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # graphs refuse the default stream
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    seed_all(0, args.seed)
+    torch.set_num_threads(args.threads)
+    seed_everything(args.seed)
     return device
 
 
-def flatten(module):
-    """Make all parameters views of one vector, and their gradients views of the vector's.
-
-    Optimisers, which treat all weights alike, then take one call: a fifth of an update is saved."""
-    parameters = list(module.parameters())
-    vector = nn.utils.parameters_to_vector(parameters).detach()
-    vector.grad = torch.zeros_like(vector)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, data, grad in zip(parameters, vector.split(sizes), vector.grad.split(sizes)):
-        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
-    return vector
-
-
-def average(*tensors):
-    """Average tensors over the processes, in place; alone, do nothing."""
-    for tensor in tensors if WORLD_SIZE > 1 else ():
+def all_reduce_mean(tensor):
+    """Average a tensor over the processes, in place."""
+    if WORLD_SIZE > 1 and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
         tensor /= WORLD_SIZE
 
 
-def capture(function, device):
-    """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
+def flatten_parameters(module):
+    """Make the parameters views of one vector: this saves a fifth of an update on the CPU."""
+    parameters = list(module.parameters())
+    vector = nn.utils.parameters_to_vector(parameters).detach()
+    vector.grad = torch.zeros_like(vector)
+    sizes = [p.numel() for p in parameters]
+    for p, data, grad in zip(parameters, vector.split(sizes), vector.grad.split(sizes)):
+        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    return vector
 
-    Three calls warm up, the fourth is recorded, and all count. Elsewhere, and where there are
-    several processes, `function` itself."""
+
+def cuda_graph(function, device):
+    """On one GPU, replay `function` (tensors to a tensor) as a CUDA graph per set of shapes."""
     if device.type != "cuda" or WORLD_SIZE > 1:
         return function
     calls, graphs = collections.Counter(), {}
@@ -376,45 +394,45 @@ def capture(function, device):
     def replay(*inputs):
         shapes = tuple(x.shape for x in inputs)
         calls[shapes] += 1
-        if calls[shapes] <= 3:
+        if calls[shapes] <= 3:  # these warm up, and count like any other
             return function(*inputs)
         if shapes not in graphs:
-            graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            graph, static_inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
             with torch.cuda.graph(graph):
-                graphs[shapes] = graph, held, function(*held)
-        graph, held, output = graphs[shapes]
-        for mine, given in zip(held, inputs):
-            mine.copy_(given)
+                graphs[shapes] = graph, static_inputs, function(*static_inputs)
+        graph, static_inputs, output = graphs[shapes]
+        for static, x in zip(static_inputs, inputs):
+            static.copy_(x)
         graph.replay()
         return output.clone()
 
     return replay
 
 
-def prepare(env):
-    """Byte images channels first, every other observation as a flat vector."""
-    space = env.observation_space
-    if space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36:
-        if space.shape[0] > space.shape[2]:
-            box = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), np.uint8)
-            env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0), box)
-    elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    return env
-
-
-def bounds(space):
-    """Low and high of a Box, its center and half its width (size,), or 0 and 1 where unbounded."""
+def box_bounds(space):
+    """Low, high, center and half-width of a flattened Box (size,); 0 and 1 where unbounded."""
     low, high = (torch.tensor(x, dtype=torch.float32).flatten() for x in (space.low, space.high))
     bounded = (high - low).isfinite() & (high > low)
     center = torch.where(bounded, (low + high) / 2, 0.0)
     return low, high, center, torch.where(bounded, (high - low) / 2, 1.0)
 
 
-class Serial(gym.vector.SyncVectorEnv):
-    """gymnasium's, that begins an episode within the step that ended one.
+def make_env(env_id, wrappers=(), **kwargs):
+    """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
+    env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
+    if "ALE/" in env_id:
+        env = gym.wrappers.AtariPreprocessing(env)
+        env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+    for wrapper in wrappers:
+        env = wrapper(env)
+    if not isinstance(env.observation_space, gym.spaces.Box):
+        env = gym.wrappers.FlattenObservation(env)
+    OPENED.append(env)
+    return env
 
-    Its steps gather no infos but `final_obs`, where the episode ended; that halves their time."""
+
+class SyncVectorEnv(gym.vector.SyncVectorEnv):
+    """gymnasium's in SAME_STEP mode, twice as fast: it gathers no infos but `final_obs`."""
 
     def step(self, actions):
         results, final_obs = [], {}
@@ -427,209 +445,199 @@ class Serial(gym.vector.SyncVectorEnv):
         return *map(np.array, zip(*results)), dict(final_obs=final_obs)
 
 
-class Envs:
-    """Copies of an environment, stepped in turn; every tensor is (num_envs, ...) on `device`.
+class VecEnv:
+    """Parallel copies of an environment, as tensors (num_envs, ...) on `device`.
 
-    `obs` is what to act on, `begins` is 1 where it begins an episode; `episodes` gathers
-    (environment, return, length) of those that end."""
+    Observations are vectors, or images of bytes (C, H, W). `obs` is the one to act on,
+    `episode_starts` is 1 where it is the first of an episode, and `episodes` collects
+    (environment, return, length) of the episodes that end."""
 
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
-        sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Id may be
-        with blame(f"cannot make {env_id}"):
-            if atari := "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
-                gym.register_envs(__import__("ale_py"))
-            if atari and not kwargs and not wrappers:
-                envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    use_fire_reset=False, autoreset_mode="SameStep")
-            else:  # the fast version of Atari can neither be filmed nor wrapped
-                def make():
-                    env = gym.make(env_id, **kwargs, **dict(frameskip=1) if atari else {})
-                    if atari:
-                        env = gym.wrappers.AtariPreprocessing(env)
-                        env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
-                    for wrapper in wrappers:
-                        env = wrapper(env)
-                    return prepare(env)
+        if "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
+            gym.register_envs(__import__("ale_py"))
+        if "ALE/" in env_id and not kwargs and not wrappers:  # in C++ threads
+            self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
+                                     reward_clipping=False, autoreset_mode="SameStep")
+            OPENED.append(self.envs)
+        else:
+            self.envs = SyncVectorEnv([lambda: make_env(env_id, wrappers, **kwargs)] * num_envs,
+                                      autoreset_mode="SameStep")
+        self.id, self.device, self.episodes = env_id, device, []
+        space, actions = self.envs.single_observation_space, self.envs.single_action_space
+        if not isinstance(space, gym.spaces.Box):
+            raise UserError(f"{env_id} observes {space}, which has no fixed size")
+        kind = type(actions).__name__
+        if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
+            raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
+                            f"{actions}; ppo takes Discrete and Box actions")
+        self.action_space, self.shape = actions, space.shape
+        self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
+        low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
+        self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
 
-                envs = Serial([make] * num_envs, autoreset_mode="SameStep")
-            self.obs_space = envs.single_observation_space
-            self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
-        self.id, self.device, self.envs, self.episodes = env_id, device, envs, []
-        self.action_space = envs.single_action_space
-        kind = type(self.action_space).__name__
-        if kind == "Box" and self.action_space.dtype.kind != "f":
-            kind = "integer Box"
-        if kind not in ACTION_SPACES:
-            raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
-                            f"these scripts do: {SCRIPTS.get(kind, 'none')}")
+    @np.errstate(over="ignore")  # what overflows is infinite then, and refused as such
+    def to_array(self, obs):
+        """Check the shape of observations; return vectors (N, size) or images (N, C, H, W)."""
+        array = np.array(obs, np.uint8 if self.image else np.float32)
+        if array.shape[1:] != self.shape:
+            raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
+                            f"{array.shape[1:]}")
+        if self.image:
+            return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
+        return array.reshape(len(array), -1)
 
-    def tensor(self, array, dtype=np.float32):
-        return torch.from_numpy(np.array(array, dtype)).to(self.device)
+    def to_tensor(self, array, checked=slice(None)):
+        if not np.isfinite(array[checked]).all():
+            raise UserError(f"{self.id} gave numbers that are not finite: {array.tolist()}")
+        return torch.from_numpy(array).to(self.device)
 
     def reset(self, seed):
         """Begin an episode everywhere, in environment i with seed + i or, of a list, seed[i]."""
-        with blame(f"{self.id} failed to reset"):
-            self.obs = self.tensor(self.envs.reset(seed=seed)[0], self.dtype)
-        self.begins = torch.ones(len(self.obs), device=self.device)
-        self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes that go on
+        self.obs = self.to_tensor(self.to_array(self.envs.reset(seed=seed)[0]))
+        self.episode_starts = torch.ones(len(self.obs), device=self.device)
+        self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes so far
 
     def step(self, actions):
-        """Act; return next_obs, rewards, terminations and dones.
+        """Act in all environments; return next_obs, rewards, terminations and dones.
 
-        next_obs is where the actions led, also where an episode ended and `obs` begins the next."""
+        next_obs is the true successor, also where an episode ends and `obs` begins the next."""
         actions, space = actions.cpu().numpy(), self.action_space
         if isinstance(space, gym.spaces.Discrete):
             actions = actions + space.start
+        elif not np.isfinite(actions).all():
+            raise FloatingPointError("the agent's actions are not finite")
         else:
-            if not math.isfinite(actions.sum()):
-                raise FloatingPointError("the agent's actions are not finite")
             actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
-            actions = actions.astype(space.dtype, copy=False)
-        with blame(f"{self.id} failed"):
-            obs, rewards, terminations, truncations, infos = self.envs.step(actions)
-            self.obs = next_obs = self.tensor(obs, self.dtype).view_as(self.obs)
-            dones = terminations | truncations
-            ended = dones.nonzero()[0].tolist()
-            if ended:
-                obs = np.array(obs, self.dtype)  # a first observation may be of whole numbers
-                for i in ended:
-                    obs[i] = infos["final_obs"][i]
-                next_obs = self.tensor(obs, self.dtype).view_as(self.obs)
+        obs, rewards, terminations, truncations, infos = self.envs.step(
+            actions.astype(space.dtype, copy=False))
+        array, dones = self.to_array(obs), terminations | truncations
+        self.obs = next_obs = self.to_tensor(array)
         self.returns += rewards
         self.lengths += 1
-        if not math.isfinite(sum(self.returns.tolist())):  # faster than numpy's
-            raise UserError(f"{self.id} gave the rewards {rewards.tolist()}")
-        for i in ended:
-            self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
-            self.returns[i] = self.lengths[i] = 0
-        rewards, terminations, self.begins = self.tensor([rewards, terminations, dones]).unbind()
-        return next_obs, rewards, terminations, self.begins
+        if dones.any():
+            array = array.copy()
+            for i in dones.nonzero()[0].tolist():
+                array[i] = self.to_array(infos["final_obs"][i][None])
+                self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
+                self.returns[i] = self.lengths[i] = 0
+            next_obs = self.to_tensor(array, ~terminations)  # what follows those does not count
+        with np.errstate(over="ignore"):
+            columns = np.array([rewards, terminations, dones], np.float32)
+        rewards, terminations, self.episode_starts = self.to_tensor(columns).unbind()
+        return next_obs, rewards, terminations, self.episode_starts
 
 
-def load(folder, device="cpu"):
-    """The checkpoint of the run in `folder`."""
-    with blame(f"{folder} holds no checkpoint that can be read"):
-        saved = torch.load(pathlib.Path(folder, "checkpoint.pt"), device, weights_only=True)
-        script = saved["script"]
-    if script != NAME:
-        raise UserError(f"{folder} is a run of {script}.py, not of {NAME}.py")
+def load_checkpoint(folder, device="cpu", **modules):
+    """Read a run's checkpoint, which can hold no code, and load the states of these modules."""
+    path = pathlib.Path(folder, "checkpoint.pt")
+    try:
+        saved = torch.load(path, device, weights_only=True)
+        if unknown := saved["args"].keys() - {f.name for f in fields(Args)}:
+            raise ValueError(f"another script or version wrote it, with {', '.join(unknown)}")
+        for name, module in modules.items():
+            for group in saved[name].get("param_groups", ()):  # perhaps of another device
+                group["capturable"] = torch.device(device).type == "cuda"
+            module.load_state_dict(saved[name])
+    except Exception as error:
+        raise UserError(f"cannot load {path}: {type(error).__name__}: {error}") from error
     return saved
 
 
 class Run:
-    """A training run: its progress, its folder, and checkpoints from which it goes on exactly.
+    """A training run: its step, metrics and folder, and checkpoints of the modules' states."""
 
-    The trainer counts `step`. `state` are the objects whose state_dict a checkpoint keeps."""
+    stop_signal = 0  # the last signal that asked to stop
 
-    signal = 0  # the last that asked to stop
-
-    def __init__(self, args, envs, resume, **state):
-        self.args, self.envs, self.state, self.board = args, envs, state, None
+    def __init__(self, args, envs, resume, **modules):
+        self.args, self.envs, self.modules, self.writer = args, envs, modules, None
         saved = dict(step=0, history=[], recent=[], seconds=0)
         if resume:
-            saved = load(resume, envs.device)
-            with blame(f"{resume} does not fit these settings"):
-                for name in state:
-                    for group in saved[name].get("param_groups", ()):  # saved on whichever device
-                        group["capturable"] = envs.device.type == "cuda"
-                    state[name].load_state_dict(saved[name])
-        self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
-        self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
-        self.began, self.said = time.time() - saved["seconds"], saved["seconds"]
+            saved = load_checkpoint(resume, envs.device, **modules)
+            if args.total_timesteps < min(saved["step"], saved["args"]["total_timesteps"]):
+                raise UserError(f"{resume} is at step {saved['step']:,} already, beyond "
+                                f"total_timesteps {args.total_timesteps:,}")
+        self.step, self.history = saved["step"], saved["history"]
+        self.recent = collections.deque(saved["recent"], maxlen=20)  # the last of envs.episodes
+        self.start_time = time.time() - saved["seconds"]
+        self.saved_step = self.saved_time = -math.inf
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
-            if not resume and os.path.exists(self.folder / "checkpoint.pt"):
-                raise UserError(f"{self.folder} holds a run; --resume goes on with it")
-            text = json.dumps(asdict(args), indent=2)
-            self.write("args.json", lambda path: path.write_text(text))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not resume and (self.folder / "checkpoint.pt").exists():
+                raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
+            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.folder, purge_step=self.step)
+                self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+                OPENED.append(self.writer)
         if RANK == 0:
-            chosen = [f"{name}={value}" + "*" * (preset(args.env).get(name) == value)
-                      for name, value in asdict(args).items() if value != getattr(Args, name)]
-            print(f"{NAME}: {args.env} on {envs.device} (* from the preset):", *chosen, flush=True)
-        # What exists by now stays; searching it for garbage slowed rollouts by 10 %.
-        gc.unfreeze(), gc.collect(), gc.freeze()
+            print(f"{NAME} on {envs.device}:", {name: value for name, value in asdict(args).items()
+                                                if value != getattr(Args, name)}, flush=True)
+        # A resumed run begins new episodes, with numbers that depend on nothing but these three.
+        envs.reset(seed_everything(args.seed, self.step, RANK))
 
     @classmethod
-    def ask_to_stop(cls, number, frame):
-        cls.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one does not ask
+    def request_stop(cls, number, frame):
+        cls.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
-        """Where one is due: save, seed everything from the step, and begin new episodes.
-
-        What follows depends on the checkpoint alone, so a resumed run repeats an unbroken one."""
-        stop = Run.signal
-        if WORLD_SIZE > 1:  # all stop as soon as one is asked to
-            average(stop := torch.tensor(float(stop), device=self.envs.device))
+        """To be called once an iteration: save when it is time to, stop if asked to."""
+        stop = torch.tensor(float(Run.stop_signal), device=self.envs.device)
+        all_reduce_mean(stop)  # all processes stop as soon as one is asked to
         if stop:
             self.finish()
-            if self.folder:
-                print(f"stopped; --resume {self.folder} goes on from here", file=sys.stderr)
-            raise SystemExit(128 + (Run.signal or signal.SIGTERM))
-        if due := self.step >= self.due:
+            print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
+            raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
+        every = self.args.checkpoint_every
+        if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
             self.save()
-            every = self.args.checkpoint_every or max(  # leave episodes the time to end
-                self.args.total_timesteps // 10, 2000 * self.args.num_envs * WORLD_SIZE)
-            self.due = (self.step // every + 1) * every
-            self.envs.reset(seed_all(1, self.args.seed, self.step, RANK))
-        return due
 
     def save(self):
-        for name, value in self.state["agent"].state_dict().items():
-            if not value.isfinite().all():
-                raise FloatingPointError(f"the agent's {name} is not finite at step {self.step:,}")
-        saved = dict(script=NAME, args=asdict(self.args), step=self.step, history=self.history,
-                     recent=list(self.recent), seconds=time.time() - self.began)
-        saved |= {name: module.state_dict() for name, module in self.state.items()}
-        self.write("checkpoint.pt", lambda path: torch.save(saved, path))
-
-    def write(self, name, write):
-        """Write beside the file, then rename: neither a kill nor a full disk can break it."""
+        """Write checkpoint.pt: renamed in the end, so that a kill cannot leave half of it."""
+        self.saved_step, self.saved_time = self.step, time.time()
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        if not all(value.isfinite().all() for value in state["agent"].values()):
+            raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            with blame(f"cannot write {self.folder / name}"):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write(self.folder / f"{name}.part")
-                os.replace(self.folder / f"{name}.part", self.folder / name)
-
-    def progress(self, always=False):
-        """Take in the finished episodes and, every two seconds, say where the run is."""
-        self.recent += self.envs.episodes
-        self.envs.episodes.clear()
-        seconds = time.time() - self.began
-        if RANK == 0 and (always or seconds > self.said + 2):
-            speed, self.said = self.step / seconds, seconds
-            left = max(0, self.args.total_timesteps - self.step) / max(speed, 1e-8)
-            print(f"step {self.step:,} of {self.args.total_timesteps:,}: "
-                  f"return {self.mean_episode()[1]:.1f}, {speed:,.0f} steps/s, {left:.0f} s left"
-                  + ", stopping" * bool(Run.signal), flush=True)
-
-    def mean_episode(self):
-        return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
+            path, part = self.folder / "checkpoint.pt", self.folder / "checkpoint.part"
+            state |= dict(args=asdict(self.args), step=self.step, history=self.history,
+                          recent=list(self.recent), seconds=time.time() - self.start_time)
+            try:
+                torch.save(state, part)
+                os.replace(part, path)
+            except (OSError, RuntimeError) as error:  # torch does not say why it failed
+                raise UserError(f"cannot write {path}; is the disk full? {error}") from error
 
     def log(self, **metrics):
-        """Keep at most 200 rows of metrics a run: in history, metrics.csv and TensorBoard."""
-        self.progress()
+        """At most 200 times a run, add a row of metrics to the history and print the progress."""
+        self.recent += self.envs.episodes
+        self.envs.episodes.clear()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
             return
-        row = dict(step=self.step, seconds=time.time() - self.began)
-        _, row["episode_return"], row["episode_length"] = self.mean_episode()
-        for name, value in metrics.items():
-            row[name] = float(value)
-            if not math.isfinite(row[name]):
-                raise FloatingPointError(f"{name} is {row[name]} at step {self.step:,}")
-        self.history.append(row)
-        rows = [",".join(map(str, x)) for x in (row, *(x.values() for x in self.history))]
-        self.write("metrics.csv", lambda path: path.write_text("\n".join(rows) + "\n"))
-        for name, value in row.items() if self.board else ():
-            self.board.add_scalar(name, value, self.step)
+        _, score, length = np.mean(self.recent or [[math.nan] * 3], 0).tolist()
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if not all(map(math.isfinite, metrics.values())):
+            raise FloatingPointError(f"not finite at step {self.step:,}: {metrics}")
+        self.history.append(row := dict(step=self.step, seconds=time.time() - self.start_time,
+                                        episode_return=score, episode_length=length) | metrics)
+        if self.folder:
+            columns = dict.fromkeys(name for row in self.history for name in row)
+            with open(self.folder / "metrics.csv", "w") as file:
+                table = csv.DictWriter(file, columns, lineterminator="\n")
+                table.writeheader(), table.writerows(self.history)
+        for name, value in row.items() if self.writer else ():
+            self.writer.add_scalar(name, value, self.step)
+        if RANK == 0:
+            speed = self.step / row["seconds"]
+            score = f"return {score:.1f}" if self.recent else "no episode has ended yet"
+            line = (f"step {self.step:,} of {total:,} ({self.step / total:.0%}): {score}, "
+                    f"{speed:,.0f} steps/s, {max(0, total - self.step) / speed:.0f} s left")
+            print(f"{line:<99}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def finish(self):
-        """Save what there is and draw the learning curve."""
-        self.progress(always=True)
+        """Save, and draw the learning curve."""
         self.save()
         if not self.folder:
             return
@@ -642,90 +650,114 @@ class Run:
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(alpha=0.3)
-        self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
+        axes.figure.savefig(self.folder / "learning_curve.png")
 
 
+@clean_up()
+def load_agent(run, **changes):
+    """The agent of the run folder `run`, and its Args with these changes: agent, args."""
+    args = Args(**load_checkpoint(run)["args"] | changes)
+    envs = VecEnv(args.env, 1, setup(args))
+    agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
+    load_checkpoint(run, envs.device, agent=agent)
+    return agent, args
+
+
+@clean_up()
 def evaluate(agent, args, episodes=100, **kwargs):
     """The returns (episodes,) of the deterministic policy on fresh episodes.
 
-    In each round every environment counts once, so that short episodes do not count more often."""
-    num_envs, returns = min(episodes, 20), []
-    envs = Envs(args.env, num_envs, next(agent.parameters()).device, **kwargs)
-    while len(returns) < episodes:
-        envs.reset(seed_all(2, args.seed, len(returns)))
-        envs.episodes, first, steps = [], {}, 0
-        while len(first) < num_envs:
-            if hasattr(agent, "begin"):  # a planner forgets its plans where an episode begins
-                agent.begin(envs.begins)
-            envs.step(agent.act(envs.obs, deterministic=True))
-            first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
-            if Run.signal:
-                raise SystemExit(128 + Run.signal)
-            if steps == 100_000:
-                raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
-                                "needs a time limit, max_episode_steps where it is registered")
-        returns += [first[i] for i in range(num_envs)]
-    envs.envs.close()
-    return np.array(returns[:episodes])
+    Each environment plays equally many, so that short episodes do not count more often."""
+    torch.set_num_threads(args.threads)
+    returns, steps = [[] for _ in range(min(episodes, 20))], 0
+    envs = VecEnv(args.env, len(returns), next(agent.parameters()).device, **kwargs)
+    envs.reset(seed_everything(args.seed, 0, 0, 1))  # a longer key than those of training
+    while (done := min(map(len, returns)) * len(returns)) < episodes:
+        if hasattr(agent, "reset"):  # a planner forgets its plans where an episode starts
+            agent.reset(envs.episode_starts)
+        envs.step(agent.act(envs.obs, deterministic=True))
+        for i, episode_return, _ in envs.episodes:
+            returns[i].append(episode_return)
+        envs.episodes.clear()
+        steps += 1
+        if steps % 5000 == 0:
+            print(f"evaluation: {done} of {episodes} episodes in {steps:,} steps", flush=True)
+        if Run.stop_signal:
+            raise SystemExit(128 + Run.stop_signal)
+    return np.array(list(zip(*returns))).flatten()[:episodes]
+
+
+def parse_args():
+    """The command line: what to do, and the settings that are given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [--env ENV] [...]", argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{NAME}.py: {message}\n")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", metavar="RUN", help="resume an interrupted run")
+    group.add_argument("--evaluate", metavar="RUN", help="score the agent of a run")
+    parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
+    parser.add_argument("--video", default=False, action="store_true", help="film an episode")
+    parser.add_argument("--render", default=False, action="store_true", help="show an episode")
+    names = {f.name for f in fields(Args)}
+    for f in fields(Args):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
+                            help=f"{f.metadata['help']} ({f.default})")
+    todo = parser.parse_args()
+    given = {name: vars(todo).pop(name) for name in names & vars(todo).keys()}
+    if "resume" in todo:
+        names -= {"run_dir"}
+    if "evaluate" in todo:
+        names = {"env", "seed", "device", "threads"}
+    if useless := given.keys() - names:
+        parser.error(f"{min(useless)} has no effect here")
+    if todo.episodes < 1:
+        parser.error("episodes is at least 1")
+    return todo, given
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    old = parser.add_mutually_exclusive_group()  # normpath makes '.' of '', which is no run either
-    old.add_argument("--resume", metavar="RUN", type=os.path.normpath, help="go on with this run")
-    old.add_argument("--evaluate", metavar="RUN", type=os.path.normpath, help="score its agent")
-    parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
-    parser.add_argument("--video", action="store_true", default=False, help="film the first one")
-    parser.add_argument("--render", action="store_true", default=False, help="show the first one")
-    for f in fields(Args):
-        kind = str if typing.get_args(f.type) else f.type
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)
-        help = f"{f.metadata['help']} ({f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
-    codes = {UserError: 2, FloatingPointError: 1, BrokenPipeError: 141}
-    parser.error = lambda message: parser.exit(2, f"{NAME}.py: {message}\n")
-    given = vars(parser.parse_args())
-    episodes, video, render = (given.pop(name) for name in ("episodes", "video", "render"))
-    if episodes < 1:
-        parser.error(f"episodes is {episodes}, which is not at least 1")
-    resume, score = given.pop("resume", ""), given.pop("evaluate", "")
+    sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Env-v0 may be
+    todo, given = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, Run.ask_to_stop)
+        signal.signal(number, Run.request_stop)
     try:
-        saved = load(resume or score) if resume or score else dict(args={})
-        args = Args(**saved["args"] | given)
-        args.run_dir = resume or score or args.run_dir or "runs/{}__{}__{}__{}-{}".format(
-            re.sub("[:/]", "-", args.env), NAME, args.seed, time.strftime("%y%m%d-%H%M%S"),
-            os.getpid())
-        if score:
-            envs, history = Envs(args.env, 1, setup(args)), saved["history"] or [saved]
-            agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
-            with blame(f"{score} does not fit these settings"):
-                agent.load_state_dict(saved["agent"])
+        folder = vars(todo).get("resume", vars(todo).get("evaluate"))
+        if folder is not None:
+            given = load_checkpoint(folder)["args"] | given | {"run_dir": folder}
+        args, trained = Args(**given), ""
+        if "evaluate" in todo:
+            agent, args = load_agent(folder, **given)
         else:
-            del saved  # the buffer of a resumed run would stay in memory twice
-            agent, history = train(args, resume)
-        if WORLD_SIZE > 1:
-            torch.distributed.barrier()  # which would not wait as long as a score may take
-        if RANK == 0:
-            returns = evaluate(agent, args, episodes)
+            name = re.sub("[:/]", "-", args.env), NAME, args.seed, time.time_ns() // 10**6
+            args.run_dir = args.run_dir or "runs/{}__{}__{}__{}".format(*name)
+            agent, history = train(args, folder or "")
             step, seconds = history[-1]["step"], history[-1]["seconds"]
-            print(f"{args.env}: return {returns.mean():.1f} ± {returns.std():.1f} over {episodes} "
-                  f"episodes, {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s; "
-                  f"{args.run_dir}")
-            if video:
+            trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if RANK == 0:
+            returns = evaluate(agent, args, todo.episodes)
+            print(f"{args.env}: return {returns.mean():.1f} +/- {returns.std():.1f} over "
+                  f"{len(returns)} episodes{trained}; {args.run_dir}", flush=True)
+            if todo.video:
                 film = functools.partial(gym.wrappers.RecordVideo, episode_trigger=lambda i: i == 0,
                                          video_folder=f"{args.run_dir}/videos")
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
-            if render:
+            if todo.render:
                 evaluate(agent, args, 1, render_mode="human")
-        if WORLD_SIZE > 1:  # at an ordinary exit gloo's threads now and then abort the process
-            sys.stdout.flush(), os._exit(0)
-    except tuple(codes) as error:
-        parser.exit(codes[type(error)], f"{NAME}.py: {error}\n")
+    except (UserError, FloatingPointError, ImportError, OSError, gym.error.Error) as error:
+        print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except Exception as error:  # of the environment, as a rule: its author needs the traceback
+        hint = "; without a display MuJoCo needs MUJOCO_GL=egl" * (todo.video or todo.render)
+        print(f"{NAME}.py: {args.env} failed: {error}{hint}", file=sys.stderr)
+        traceback.print_exc()
+        sys.exit(2)
+
+
+train = clean_up()(train)  # here, as a decorator above would need the plumbing to come first
 
 
 if __name__ == "__main__":

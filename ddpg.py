@@ -1,30 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""Deep Deterministic Policy Gradient (DDPG): a critic learns Q, an actor learns to climb it.
+"""Deep Deterministic Policy Gradient (DDPG): Q-learning with an actor that maximizes Q.
 
-Q-learning needs the action that maximises Q, which nobody can look up where actions are continuous.
-DDPG trains a second network to find it: the actor mu follows the gradient of Q by the action. Both
-learn from a buffer of old transitions, towards slowly moving copies of themselves.
+Q-learning needs the action that maximizes Q, and continuous actions cannot be enumerated. DDPG
+trains an actor mu to output it: mu follows the gradient of Q with respect to the action. Actor and
+critic learn from a replay buffer, with targets from slow copies of themselves.
 
 (1)  td_target = rewards + gamma * (1 - terminations) * target_Q(next_obs, target_mu(next_obs))
 (2)  critic_loss = E[(Q(obs, actions) - td_target)^2]
-(3)  actor_loss = -E[Q(obs, mu(obs))], a function of mu's weights only
+(3)  actor_loss = -E[Q(obs, mu(obs))], as a function of the weights of mu only
 (4)  target_weights = target_weights + tau * (weights - target_weights)
 (5)  noise = (1 - theta) * noise + sigma * N(0, 1), with theta = 1 for Gaussian noise
+(6)  or, with --maximizer cem, no actor: mu(obs) = argmax_a Q(obs, a) by search. It first tries
+     actions ~ Uniform(-1, 1), then actions ~ clip(mean + std * N(0, 1), -1, 1), with the mean and
+     the std + 0.01 of the elites, the best actions so far; --maximizer random stops after the first
 
     repeat
-        take train_every steps with the actions mu(obs) + noise (5) into the buffer
+        add train_every steps with the actions mu(obs) + noise (5) to the replay buffer
         num_updates times, with batch_size random transitions of the buffer
-            take one Adam step down the gradients of both losses (2) and (3)
-            let the target follow (4)
+            take one Adam step on the critic loss (2) and the actor loss (3)
+            move the target networks towards the networks (4)
 
-Lillicrap et al. 2015, arXiv:1509.02971; (3) is Silver et al. 2014. As in most later work there is
-no batch normalisation and no weight decay, the critic sees the action from its first layer on, the
-first actions are uniform, and the default noise is Gaussian. Both networks take their steps at once
-and with one learning_rate; both see images through one encoder, which learns from the critic's
-loss. In (5) actions are as if bounded by -1 and 1. And where a time limit cuts an episode off, the
-value of its last state stands in for the rest. Example: --env HalfCheetah-v5
+Lillicrap et al. 2015, arXiv:1509.02971; (3) is from Silver et al. 2014, (6) from QT-Opt,
+arXiv:1806.10293. As in most later work, there is no batch normalization and no weight decay, the
+critic sees the action from its first layer on, the first actions are uniform, and the default noise
+is Gaussian. Actor and critic share one optimizer and, for images, one encoder, which learns only
+from (2). In (5) and (6), actions are scaled to [-1, 1]. A time limit (truncation) bootstraps from
+target_Q; only a termination does not.
+
+    python ddpg.py --env HalfCheetah-v5
 """
-import argparse, collections, contextlib, fnmatch, functools, gc, json, math, os, pathlib
+import argparse, collections, contextlib, csv, fnmatch, functools, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
 from dataclasses import asdict, dataclass, field, fields
 
@@ -46,30 +51,34 @@ class Args:
     env: str = arg("Pendulum-v1", "environment id; module:Id imports the module first")
     total_timesteps: int = arg(1_000_000, "steps over all environments and processes", 1)
     num_envs: int = arg(1, "parallel environments in each process", 1)
-    seed: int = arg(1, "seed of the networks, the environments and every draw", 0)
-    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda where there is one")
+    seed: int = arg(1, "seed of networks, environments and sampling", 0, 2**53)
+    device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda if there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
-    run_dir: str = arg("", "folder to write; empty is a new one in runs/, or none from Python")
-    checkpoint_every: int = arg(0, "steps between checkpoints, each a reset; 0 is a tenth or so", 0)
+    run_dir: str = arg("", "folder of the run; default: a new one in runs/, from Python none")
+    checkpoint_every: int = arg(0, "steps between checkpoints; 0: one a minute", 0)
     # The algorithm.
-    buffer_size: int = arg(1_000_000, "transitions that the replay buffer holds", 1)
-    batch_size: int = arg(256, "transitions of an update", 1)
+    buffer_size: int = arg(1_000_000, "transitions in the replay buffer", 1)
+    batch_size: int = arg(256, "transitions in an update", 1)
     learning_starts: int = arg(10_000, "steps of random actions before learning", 0)
     train_every: int = arg(1, "steps of each environment between rounds of updates", 1)
     num_updates: int = arg(1, "updates in a round", 1)
-    learning_rate: float = arg(1e-3, "Adam's step size", 0)
+    learning_rate: float = arg(1e-3, "step size of Adam", 0)
     gamma: float = arg(0.99, "discount factor", 0, 1)
-    tau: float = arg(0.005, "how far the target moves to the network at each update", 0, 1)
-    noise: typing.Literal["gaussian", "ou"] = arg("gaussian", "gaussian or ou (5)")
-    sigma: float = arg(0.1, "deviation of the noise's draws, relative to half the bounds' range", 0)
-    theta: float = arg(0.15, "how fast ou noise returns to 0", 0, 1)
+    tau: float = arg(0.005, "step of the target network towards the network (4)", 0, 1)
+    maximizer: typing.Literal["actor", "random", "cem"] = arg("actor", "actor (3) or a search (6)")
+    population: int = arg(64, "random, cem: actions in an iteration of the search (6)", 1)
+    elites: int = arg(6, "cem: actions that the next iteration is fitted to", 1)
+    iterations: int = arg(2, "cem: iterations of the search (6)", 1)
+    noise: typing.Literal["gaussian", "ou"] = arg("gaussian", "gaussian or ou (Ornstein-Uhlenbeck)")
+    sigma: float = arg(0.1, "scale of the noise (5), for actions in [-1, 1]", 0)
+    theta: float = arg(0.15, "ou: rate at which the noise (5) returns to 0", 0, 1)
     hidden_size: int = arg(256, "units in each of the two hidden layers", 1)
 
     def __init__(self, **given):
-        settle(self, given)  # what is given beats the preset, which beats the default
+        apply_settings(self, given)
 
 
-PRESETS = {  # what is known to work; keys may be patterns
+PRESETS = {  # settings that are known to work; keys may be patterns
     "Pendulum-v1": dict(total_timesteps=20_000, learning_starts=500, batch_size=64, gamma=0.98,
                         hidden_size=64),
     "Reacher-v5": dict(total_timesteps=100_000, learning_starts=1000, batch_size=128,
@@ -80,7 +89,7 @@ ACTION_SPACES = "Box",
 
 # ===================================================================================== Networks
 class NatureCNN(nn.Sequential):
-    """Images (..., C, H, W) of bytes to features (..., 512), as in Mnih et al. 2015."""
+    """Features (..., 512) of images (..., C, H, W) of bytes, as in Mnih et al. 2015."""
 
     def __init__(self, shape):
         super().__init__(nn.Conv2d(shape[0], 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2),
@@ -92,86 +101,92 @@ class NatureCNN(nn.Sequential):
         return features.unflatten(0, images.shape[:-3])
 
 
-class MLP(nn.Sequential):
-    def __init__(self, *sizes):
-        layers = [layer for n, m in zip(sizes, sizes[1:])
-                  for layer in (nn.Linear(n, m), nn.ReLU(inplace=True))]
-        super().__init__(*layers[:-1])
-
-    def forward(self, x):
-        for layer in self:
-            x = layer.forward(x)  # layer(x) would look for hooks, of which there are none
-        return x
+def mlp(*sizes):
+    layers = [layer for n, m in zip(sizes, sizes[1:])
+              for layer in (nn.Linear(n, m), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
 
 
 class Agent(nn.Module):
-    """The critic Q and the actor mu, which is the policy; they see the same features."""
+    """The critic Q and the policy mu, which maximizes Q: an actor or a search."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__()
-        self.low, self.high, self.center, self.scale = map(nn.Buffer, bounds(action_space))
+        self.low, self.high, self.center, self.scale = map(nn.Buffer, box_bounds(action_space))
         if not ((self.high - self.low).isfinite() & (self.high > self.low)).all():
-            raise UserError(f"{args.env} has actions without finite bounds or room between, which "
-                            f"{NAME} does not take; these scripts do: reinforce, a2c, ppo, trpo, "
-                            "cem_es, mbrl_mpc")
+            raise UserError(f"{NAME} needs actions with finite bounds, low < high, but "
+                            f"{args.env} has {action_space}; ppo takes these, too")
         if len(obs_space.shape) == 3:
             self.encoder, size = NatureCNN(obs_space.shape), 512
         else:
             self.encoder, size = nn.Identity(), obs_space.shape[0]
-        hidden = [args.hidden_size, args.hidden_size]
-        self.actor = MLP(size, *hidden, len(self.low))
-        self.critic = MLP(size + len(self.low), *hidden, 1)
+        dim, hidden = len(self.low), [args.hidden_size, args.hidden_size]
+        if args.maximizer == "actor":
+            self.actor = mlp(size, *hidden, dim)
+        self.critic, self.args = mlp(size + dim, *hidden, 1), args
 
-    def mu(self, features):
-        """The actions (..., action_dim) that should maximise Q, within the bounds."""
+    def mu(self, features, deterministic=False):
+        """The actions (N, action_dim) that should maximize Q."""
+        if self.args.maximizer != "actor":
+            return self.search(features, deterministic)[0]
         return self.center + self.scale * self.actor(features).tanh()
 
+    def search(self, features, deterministic=False):
+        """The best actions (N, action_dim) that cem finds, and their Q (N,).
+
+        If deterministic, it draws the same numbers each time, from a generator of its own."""
+        def q(actions):
+            repeated = features.unsqueeze(1).expand(-1, actions.shape[1], -1)
+            return self.q_values(repeated, self.center + self.scale * actions)
+
+        args, device = self.args, features.device
+        actions, values = cem(
+            q, (len(features), len(self.low)), args.population, args.elites,
+            args.iterations if args.maximizer == "cem" else 1, device,
+            torch.Generator(device).manual_seed(0) if deterministic else None)
+        return self.center + self.scale * actions, values
+
     def q_values(self, features, actions):
-        """Q (...) of actions (..., action_dim), which it sees as numbers from -1 to 1."""
+        """Q (...) of actions (..., action_dim); the critic sees them scaled to [-1, 1]."""
         actions = (actions - self.center) / self.scale
         return self.critic(torch.cat([features, actions], -1)).squeeze(-1)
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False, noise=0.0):
-        """Actions (N, action_dim) for obs (N, *shape): mu(obs), moved by noise or not."""
-        actions = self.mu(self.encoder(obs))
+        """Actions (N, action_dim) for obs (N, *shape): mu(obs), or mu(obs) + noise."""
+        actions = self.mu(self.encoder(obs), deterministic)
         if not deterministic:
             actions = actions + self.scale * noise
-        return actions.clamp(self.low, self.high)  # so that what is stored is what is done
+        return actions.clamp(self.low, self.high)  # the buffer holds what the environment executes
 
 
 class ReplayBuffer:
     """The last `size` transitions, as tensors (size // num_envs, num_envs, ...) on the device."""
 
-    def __init__(self, size, *transition):
-        """One transition of every environment shows what the tensors must hold."""
-        num_envs, device = len(transition[0]), transition[0].device
-        self.rows, self.count = size // num_envs, 0
-        needed = self.rows * sum(x.nbytes for x in transition)
-        there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else (
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        if needed > there:
-            raise UserError(f"buffer_size is {size:,}, which needs {needed:,} bytes of memory; "
-                            f"there are {there:,}")
-        if RANK == 0:
-            print(f"replay buffer: {self.rows * num_envs:,} transitions, {needed / 1e6:,.1f} MB")
-        self.data = [torch.zeros(self.rows, *x.shape, dtype=x.dtype, device=device)
-                     for x in transition]
+    def __init__(self, size, num_envs, obs_space, action_space, device):
+        self.rows, self.count = size // num_envs, 0  # count: how often `add` was called
+        obs = obs_space.shape, getattr(torch, obs_space.dtype.name)
+        action, number = ((gym.spaces.flatdim(action_space),), torch.float32), ((), torch.float32)
+        try:
+            self.data = [torch.zeros(self.rows, num_envs, *shape, dtype=dtype, device=device)
+                         for shape, dtype in (obs, action, obs, number, number)]
+        except RuntimeError as error:
+            raise UserError(f"buffer_size {size:,} does not fit into memory: {error}") from error
 
     def add(self, *transition):
-        """Put one transition of every environment in the place of the oldest."""
+        """Replace the oldest row by (obs, actions, next_obs, rewards, terminations)."""
         for x, new in zip(self.data, transition):
             x[self.count % self.rows] = new
         self.count += 1
 
     def sample(self, batch_size):
-        """Any transitions (batch_size, ...), each as likely as the others."""
+        """A batch (B, ...) of transitions, uniform and with replacement."""
         filled, num_envs = min(self.count, self.rows), self.data[0].shape[1]
-        index = torch.randint(filled * num_envs, (batch_size,), device=self.data[0].device)
-        return [x.flatten(0, 1)[index] for x in self.data]
+        indices = torch.randint(filled * num_envs, (batch_size,), device=self.data[0].device)
+        return [x.flatten(0, 1)[indices] for x in self.data]
 
     def state_dict(self):
-        filled = min(self.count, self.rows)  # of a mere view torch.save would write all rows
+        filled = min(self.count, self.rows)  # a copy: torch.save writes all of a view
         return dict(count=self.count,
                     data=[torch.from_numpy(x[:filled].numpy(force=True)) for x in self.data])
 
@@ -186,64 +201,99 @@ class ReplayBuffer:
 
 # ==================================================================================== Algorithm
 def td_target(rewards, next_values, terminations, gamma):
-    """The target (1): after a termination nothing follows, after a time limit the value does."""
-    return rewards + gamma * (1 - terminations) * next_values
+    """The target (1); every tensor is (B,)."""
+    next_values = torch.where(terminations > 0, 0.0, next_values)  # even if it is NaN
+    return rewards + gamma * next_values
 
 
-def next_noise(noise, begins, theta, sigma):
-    """The noise (5) of each environment (N, action_dim), which starts from 0 with an episode."""
-    noise = (1 - theta) * (1 - begins).unsqueeze(-1) * noise
-    return noise + sigma * torch.randn_like(noise)
+def cem(q, shape, population, elites, iterations, device=None, generator=None):
+    """Maximize q by the search (6); return the best actions (N, action_dim) and their q (N,).
+
+    `shape` is (N, action_dim), and q gives the values (N, k) of actions (N, k, action_dim). The
+    draws are the same for all N, so that the result for a state does not depend on the others."""
+    def score(actions):
+        values = q(actions)
+        return torch.where(values.isnan(), -math.inf, values)  # topk and max would choose NaN
+
+    draws = torch.empty(population, shape[1], device=device).uniform_(-1, 1, generator=generator)
+    actions = draws.expand(shape[0], -1, -1)                                                # (6)
+    values = score(actions)
+    for _ in range(iterations - 1):
+        values, best = values.topk(elites, 1)
+        actions = actions.take_along_dim(best.unsqueeze(-1), 1)  # the elites, kept
+        mean = actions.mean(1, keepdim=True)
+        std = actions.std(1, correction=0, keepdim=True) + 0.01
+        draws = torch.empty_like(draws).normal_(generator=generator)
+        samples = (mean + std * draws).clamp(-1, 1)                                         # (6)
+        actions = torch.cat([actions, samples], 1)
+        values = torch.cat([values, score(samples)], 1)
+    values, best = values.max(1, keepdim=True)
+    return actions.take_along_dim(best.unsqueeze(-1), 1).squeeze(1), values.squeeze(1)
+
+
+def next_noise(noise, episode_starts, theta, sigma):
+    """The next noise (5) of each environment (N, action_dim); an episode starts from 0."""
+    noise = torch.where(episode_starts.unsqueeze(-1) > 0, 0.0, noise)
+    return (1 - theta) * noise + sigma * torch.randn_like(noise)
 
 
 def train(args, resume=""):
-    """Train, from the start or on from the run folder `resume`; return agent and history."""
+    """Train a new agent, or resume the run in the folder `resume`; return (agent, history)."""
     if args.learning_starts > args.total_timesteps:
-        raise UserError(f"learning_starts is {args.learning_starts:,}, "
-                        f"beyond the {args.total_timesteps:,} total_timesteps")
+        raise UserError(f"learning_starts is {args.learning_starts:,}, but total_timesteps is "
+                        f"{args.total_timesteps:,}: pass --learning-starts "
+                        f"{args.total_timesteps // 10}")
     if args.buffer_size < max(args.batch_size, args.num_envs):
-        raise UserError(f"buffer_size is {args.buffer_size:,}, below batch_size or num_envs")
+        raise UserError(f"buffer_size is {args.buffer_size:,}, less than batch_size or num_envs")
+    if args.maximizer == "cem" and args.elites > args.population:
+        raise UserError(f"elites is {args.elites}, more than the population {args.population}")
     device = setup(args)
-    envs = Envs(args.env, args.num_envs, device)
+    envs = VecEnv(args.env, args.num_envs, device)
     agent, target = (Agent(envs.obs_space, envs.action_space, args).to(device) for _ in range(2))
-    weights, target_weights = flatten(agent), flatten(target)
+    weights, target_weights = flatten_parameters(agent), flatten_parameters(target)
     target_weights.copy_(weights)
-    learning_rate = torch.tensor(args.learning_rate, device=device)
-    optimizer = torch.optim.Adam([weights], learning_rate, fused=True,
-                                 capturable=device.type == "cuda")
-    obs = envs.tensor(np.zeros((args.num_envs, *envs.obs_space.shape)), envs.dtype)
-    noise = torch.zeros(args.num_envs, len(agent.low), device=device)
-    buffer = ReplayBuffer(args.buffer_size, obs, noise, obs, noise[:, 0], noise[:, 0])
-    # Each process fills its own buffer; a checkpoint keeps the first's, and all resume with it.
+    # On a GPU, graphs read the learning rate from a tensor.
+    optimizer = torch.optim.Adam([weights], torch.tensor(args.learning_rate, device=device),
+                                 fused=True, capturable=device.type == "cuda")
+    buffer = ReplayBuffer(
+        args.buffer_size, args.num_envs, envs.obs_space, envs.action_space, device)
+    # Each process fills a buffer. A checkpoint holds that of the first, and all resume with it.
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
-    optimizer.param_groups[0]["lr"].fill_(args.learning_rate)  # or a resumed run keeps the old
+    optimizer.param_groups[0]["lr"].fill_(args.learning_rate)  # resume loads the old one
+    noise = torch.zeros(args.num_envs, len(agent.low), device=device)
 
     @torch.inference_mode()
-    def explore(obs, begins):
-        """The actions mu(obs) + noise; the noise moves on."""
+    def explore(obs, episode_starts):
+        """The actions mu(obs) + noise, with the next noise."""
         theta = args.theta if args.noise == "ou" else 1
-        noise.copy_(next_noise(noise, begins, theta, args.sigma))                           # (5)
+        noise.copy_(next_noise(noise, episode_starts, theta, args.sigma))                   # (5)
         return agent.act(obs, noise=noise)
 
     def update(obs, actions, next_obs, rewards, terminations):
-        """Take one Adam step on a batch (B, ...) and let the target follow; return losses and Q."""
+        """One Adam step on a batch (B, ...), then (4); return critic_loss, mean Q, actor_loss."""
         with torch.no_grad():
             features = target.encoder(next_obs)
-            next_values = target.q_values(features, target.mu(features))
+            if args.maximizer == "actor":
+                next_values = target.q_values(features, target.mu(features))
+            else:
+                _, next_values = target.search(features)
             targets = td_target(rewards, next_values, terminations, args.gamma)             # (1)
         features = agent.encoder(obs)
         q_values = agent.q_values(features, actions)
         critic_loss = F.mse_loss(q_values, targets)                                         # (2)
-        actor_loss = -agent.q_values(features, agent.mu(features)).mean()                   # (3)
-        weights.grad.zero_()
+        metrics = [critic_loss, q_values.mean()]
+        weights.grad.zero_()  # optimizer.zero_grad() takes longer
         critic_loss.backward()
-        actor_loss.backward(inputs=list(agent.actor.parameters()))  # the critic gets none of it
-        average(weights.grad)
+        if args.maximizer == "actor":
+            actor_loss = -agent.q_values(features, agent.mu(features)).mean()               # (3)
+            actor_loss.backward(inputs=list(agent.actor.parameters()))  # not into the critic
+            metrics.append(actor_loss)
+        all_reduce_mean(weights.grad)
         optimizer.step()
         target_weights.lerp_(weights, args.tau)                                             # (4)
-        return torch.stack([critic_loss, actor_loss, q_values.mean()]).detach()
+        return torch.stack(metrics).detach()
 
-    explore, update = (capture(f, device) for f in (explore, update))
+    explore, update = (cuda_graph(f, device) for f in (explore, update))
     while run.step < args.total_timesteps:
         run.checkpoint()
         for _ in range(args.train_every):
@@ -251,16 +301,16 @@ def train(args, resume=""):
             if run.step < args.learning_starts:
                 actions = agent.center + agent.scale * torch.empty_like(noise).uniform_(-1, 1)
             else:
-                actions = explore(obs, envs.begins)
+                actions = explore(obs, envs.episode_starts)
             next_obs, rewards, terminations, _ = envs.step(actions)
             buffer.add(obs, actions, next_obs, rewards, terminations)
         run.step += args.train_every * args.num_envs * WORLD_SIZE
         if run.step < args.learning_starts:
-            run.progress()
+            run.log()
             continue
         for _ in range(args.num_updates):
-            critic_loss, actor_loss, q_values = update(*buffer.sample(args.batch_size))
-        run.log(critic_loss=critic_loss, actor_loss=actor_loss, q_values=q_values)
+            metrics = update(*buffer.sample(args.batch_size))
+        run.log(**dict(zip(["critic_loss", "q_values", "actor_loss"], metrics)))
     run.finish()
     return agent, run.history
 
@@ -268,107 +318,95 @@ def train(args, resume=""):
 # ===================================================================================== Plumbing
 # The same text in all nine scripts: processes, environments, run folder and command line.
 
-NAME = pathlib.Path(__file__).stem
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # a stray one must not silence it
-SCRIPTS = {"Discrete": "reinforce, a2c, ppo, trpo, dqn, cem_es, mbrl_mpc",
-           "Box": "reinforce, a2c, ppo, trpo, ddpg, naf, cem_es, mbrl_mpc"}
+NAME = pathlib.Path(globals().get("__file__", "notebook.py")).stem
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
+OPENED = []  # environments and writers that clean_up closes
 
 
 class UserError(ValueError):
-    """Something the user can put right: one line on the command line, exit code 2."""
+    """A mistake that the user can correct: one line on the command line, exit code 2."""
 
 
-@dataclass
-class blame:
-    """Tell any exception of a `with` block as a UserError about `what`.
-
-    A class, since contextlib's generators would cost every step some time."""
-    what: str
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, (Exception, SystemExit)):  # a module may exit when it is imported
-            at = traceback.extract_tb(trace)[-1]
-            why = " ".join(f"{kind.__name__}: {error}".split())[:300]
-            place = f"{os.path.basename(at.filename)}:{at.lineno}"
-            raise UserError(f"{self.what}: {why} ({place})") from error
-
-
-def preset(env):
-    return next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(str(env), key)), {})
+def apply_settings(args, given):
+    """Given settings beat the preset of the environment, which beats the defaults."""
+    env = str(given.get("env", args.env))
+    preset = next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(env, key)), {})
+    if unknown := given.keys() - {f.name for f in fields(args)}:
+        raise UserError(f"there is no setting {', '.join(unknown)}")
+    for f in fields(args):
+        value, kind = given.get(f.name, preset.get(f.name, f.default)), type(f.default)
+        (low, high), choices = f.metadata["limits"], typing.get_args(f.type)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            new = os.fspath(value) if kind is str else kind(float(value))  # 1e5 is an int, too
+            if new in (choices or [new]) if kind is str else low <= new == float(value) <= high:
+                setattr(args, f.name, new)
+                continue
+        limits = f" from {low:g} to {high:g}" * (kind in (int, float))
+        wanted = " or ".join(choices) or kind.__name__ + limits
+        raise UserError(f"{f.name} is {value}, but must be {wanted}")
 
 
-def settle(args, given):
-    """Fill in args: the defaults, over them the environment's preset, over that what is given.
-
-    Refuse settings that do not exist, are of a wrong type or are outside their limits."""
-    known = {f.name: f for f in fields(args)}
-    defaults = {name: f.default for name, f in known.items()}
-    for name, wanted in (defaults | preset(given.get("env", args.env)) | given).items():
-        if name not in known:
-            raise UserError(f"there is no setting {name}")
-        with blame(f"{name} cannot be {wanted!r}"):
-            kind = type(known[name].default)
-            vars(args)[name] = value = kind(wanted)  # numpy's numbers would spoil a checkpoint
-            if wanted is None or value != wanted and str(value) != str(wanted):
-                raise TypeError(f"it is no {kind.__name__}")
-        (low, high), choices = known[name].metadata["limits"], typing.get_args(known[name].type)
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise UserError(f"{name} is {value}, which is not between {low} and {high}")
-        if choices and value not in choices:
-            raise UserError(f"{name} is {value}, which is none of {', '.join(choices)}")
-
-
-def seed_all(*key):
-    """Seed every generator with a number drawn from the key; return it for the environments."""
+def seed_everything(*key):
+    """Seed all generators with a number made from the key; return it for the environments."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     return seed
 
 
+@contextlib.contextmanager
+def clean_up():
+    """On exit, close what was opened, and restore torch's threads and all random states."""
+    opened, threads = len(OPENED), torch.get_num_threads()
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(states[0]), np.random.set_state(states[1])
+        torch.set_num_threads(threads)
+        while len(OPENED) > opened:
+            with contextlib.suppress(Exception):  # it must not cost the result
+                OPENED.pop().close()
+
+
 def setup(args):
-    """Take the device, join the other processes, and seed the networks alike in all of them."""
+    """Choose the device, join the other processes, and seed the networks alike in all of them."""
     name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    with blame(f"device {name} cannot be used"):
+    try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, dtype=torch.double, device=device).item()  # Apple's mps has none
+        torch.zeros(1, dtype=torch.double, device=device).item()  # mps has no double
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"device {name} cannot be used: {error}") from error
     if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # warm-up must not use the default stream
-    torch.set_num_threads(args.threads)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # graphs refuse the default stream
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    seed_all(0, args.seed)
+    torch.set_num_threads(args.threads)
+    seed_everything(args.seed)
     return device
 
 
-def flatten(module):
-    """Make all parameters views of one vector, and their gradients views of the vector's.
-
-    Optimisers, which treat all weights alike, then take one call: a fifth of an update is saved."""
-    parameters = list(module.parameters())
-    vector = nn.utils.parameters_to_vector(parameters).detach()
-    vector.grad = torch.zeros_like(vector)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, data, grad in zip(parameters, vector.split(sizes), vector.grad.split(sizes)):
-        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
-    return vector
-
-
-def average(*tensors):
-    """Average tensors over the processes, in place; alone, do nothing."""
-    for tensor in tensors if WORLD_SIZE > 1 else ():
+def all_reduce_mean(tensor):
+    """Average a tensor over the processes, in place."""
+    if WORLD_SIZE > 1 and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
         tensor /= WORLD_SIZE
 
 
-def capture(function, device):
-    """On a GPU, replay `function` (tensors to a tensor) as one CUDA graph per set of shapes.
+def flatten_parameters(module):
+    """Make the parameters views of one vector: this saves a fifth of an update on the CPU."""
+    parameters = list(module.parameters())
+    vector = nn.utils.parameters_to_vector(parameters).detach()
+    vector.grad = torch.zeros_like(vector)
+    sizes = [p.numel() for p in parameters]
+    for p, data, grad in zip(parameters, vector.split(sizes), vector.grad.split(sizes)):
+        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    return vector
 
-    Three calls warm up, the fourth is recorded, and all count. Elsewhere, and where there are
-    several processes, `function` itself."""
+
+def cuda_graph(function, device):
+    """On one GPU, replay `function` (tensors to a tensor) as a CUDA graph per set of shapes."""
     if device.type != "cuda" or WORLD_SIZE > 1:
         return function
     calls, graphs = collections.Counter(), {}
@@ -376,45 +414,45 @@ def capture(function, device):
     def replay(*inputs):
         shapes = tuple(x.shape for x in inputs)
         calls[shapes] += 1
-        if calls[shapes] <= 3:
+        if calls[shapes] <= 3:  # these warm up, and count like any other
             return function(*inputs)
         if shapes not in graphs:
-            graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            graph, static_inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
             with torch.cuda.graph(graph):
-                graphs[shapes] = graph, held, function(*held)
-        graph, held, output = graphs[shapes]
-        for mine, given in zip(held, inputs):
-            mine.copy_(given)
+                graphs[shapes] = graph, static_inputs, function(*static_inputs)
+        graph, static_inputs, output = graphs[shapes]
+        for static, x in zip(static_inputs, inputs):
+            static.copy_(x)
         graph.replay()
         return output.clone()
 
     return replay
 
 
-def prepare(env):
-    """Byte images channels first, every other observation as a flat vector."""
-    space = env.observation_space
-    if space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36:
-        if space.shape[0] > space.shape[2]:
-            box = gym.spaces.Box(0, 255, (space.shape[2], *space.shape[:2]), np.uint8)
-            env = gym.wrappers.TransformObservation(env, lambda x: np.moveaxis(x, 2, 0), box)
-    elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    return env
-
-
-def bounds(space):
-    """Low and high of a Box, its center and half its width (size,), or 0 and 1 where unbounded."""
+def box_bounds(space):
+    """Low, high, center and half-width of a flattened Box (size,); 0 and 1 where unbounded."""
     low, high = (torch.tensor(x, dtype=torch.float32).flatten() for x in (space.low, space.high))
     bounded = (high - low).isfinite() & (high > low)
     center = torch.where(bounded, (low + high) / 2, 0.0)
     return low, high, center, torch.where(bounded, (high - low) / 2, 1.0)
 
 
-class Serial(gym.vector.SyncVectorEnv):
-    """gymnasium's, that begins an episode within the step that ended one.
+def make_env(env_id, wrappers=(), **kwargs):
+    """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
+    env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
+    if "ALE/" in env_id:
+        env = gym.wrappers.AtariPreprocessing(env)
+        env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+    for wrapper in wrappers:
+        env = wrapper(env)
+    if not isinstance(env.observation_space, gym.spaces.Box):
+        env = gym.wrappers.FlattenObservation(env)
+    OPENED.append(env)
+    return env
 
-    Its steps gather no infos but `final_obs`, where the episode ended; that halves their time."""
+
+class SyncVectorEnv(gym.vector.SyncVectorEnv):
+    """gymnasium's in SAME_STEP mode, twice as fast: it gathers no infos but `final_obs`."""
 
     def step(self, actions):
         results, final_obs = [], {}
@@ -427,209 +465,199 @@ class Serial(gym.vector.SyncVectorEnv):
         return *map(np.array, zip(*results)), dict(final_obs=final_obs)
 
 
-class Envs:
-    """Copies of an environment, stepped in turn; every tensor is (num_envs, ...) on `device`.
+class VecEnv:
+    """Parallel copies of an environment, as tensors (num_envs, ...) on `device`.
 
-    `obs` is what to act on, `begins` is 1 where it begins an episode; `episodes` gathers
-    (environment, return, length) of those that end."""
+    Observations are vectors, or images of bytes (C, H, W). `obs` is the one to act on,
+    `episode_starts` is 1 where it is the first of an episode, and `episodes` collects
+    (environment, return, length) of the episodes that end."""
 
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
-        sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Id may be
-        with blame(f"cannot make {env_id}"):
-            if atari := "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
-                gym.register_envs(__import__("ale_py"))
-            if atari and not kwargs and not wrappers:
-                envs = gym.make_vec(env_id, num_envs, "vector_entry_point", reward_clipping=False,
-                                    use_fire_reset=False, autoreset_mode="SameStep")
-            else:  # the fast version of Atari can neither be filmed nor wrapped
-                def make():
-                    env = gym.make(env_id, **kwargs, **dict(frameskip=1) if atari else {})
-                    if atari:
-                        env = gym.wrappers.AtariPreprocessing(env)
-                        env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
-                    for wrapper in wrappers:
-                        env = wrapper(env)
-                    return prepare(env)
+        if "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
+            gym.register_envs(__import__("ale_py"))
+        if "ALE/" in env_id and not kwargs and not wrappers:  # in C++ threads
+            self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
+                                     reward_clipping=False, autoreset_mode="SameStep")
+            OPENED.append(self.envs)
+        else:
+            self.envs = SyncVectorEnv([lambda: make_env(env_id, wrappers, **kwargs)] * num_envs,
+                                      autoreset_mode="SameStep")
+        self.id, self.device, self.episodes = env_id, device, []
+        space, actions = self.envs.single_observation_space, self.envs.single_action_space
+        if not isinstance(space, gym.spaces.Box):
+            raise UserError(f"{env_id} observes {space}, which has no fixed size")
+        kind = type(actions).__name__
+        if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
+            raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
+                            f"{actions}; ppo takes Discrete and Box actions")
+        self.action_space, self.shape = actions, space.shape
+        self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
+        low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
+        self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
 
-                envs = Serial([make] * num_envs, autoreset_mode="SameStep")
-            self.obs_space = envs.single_observation_space
-            self.dtype = np.uint8 if len(self.obs_space.shape) == 3 else np.float32
-        self.id, self.device, self.envs, self.episodes = env_id, device, envs, []
-        self.action_space = envs.single_action_space
-        kind = type(self.action_space).__name__
-        if kind == "Box" and self.action_space.dtype.kind != "f":
-            kind = "integer Box"
-        if kind not in ACTION_SPACES:
-            raise UserError(f"{env_id} has {kind} actions, which {NAME} does not take; "
-                            f"these scripts do: {SCRIPTS.get(kind, 'none')}")
+    @np.errstate(over="ignore")  # what overflows is infinite then, and refused as such
+    def to_array(self, obs):
+        """Check the shape of observations; return vectors (N, size) or images (N, C, H, W)."""
+        array = np.array(obs, np.uint8 if self.image else np.float32)
+        if array.shape[1:] != self.shape:
+            raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
+                            f"{array.shape[1:]}")
+        if self.image:
+            return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
+        return array.reshape(len(array), -1)
 
-    def tensor(self, array, dtype=np.float32):
-        return torch.from_numpy(np.array(array, dtype)).to(self.device)
+    def to_tensor(self, array, checked=slice(None)):
+        if not np.isfinite(array[checked]).all():
+            raise UserError(f"{self.id} gave numbers that are not finite: {array.tolist()}")
+        return torch.from_numpy(array).to(self.device)
 
     def reset(self, seed):
         """Begin an episode everywhere, in environment i with seed + i or, of a list, seed[i]."""
-        with blame(f"{self.id} failed to reset"):
-            self.obs = self.tensor(self.envs.reset(seed=seed)[0], self.dtype)
-        self.begins = torch.ones(len(self.obs), device=self.device)
-        self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes that go on
+        self.obs = self.to_tensor(self.to_array(self.envs.reset(seed=seed)[0]))
+        self.episode_starts = torch.ones(len(self.obs), device=self.device)
+        self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes so far
 
     def step(self, actions):
-        """Act; return next_obs, rewards, terminations and dones.
+        """Act in all environments; return next_obs, rewards, terminations and dones.
 
-        next_obs is where the actions led, also where an episode ended and `obs` begins the next."""
+        next_obs is the true successor, also where an episode ends and `obs` begins the next."""
         actions, space = actions.cpu().numpy(), self.action_space
         if isinstance(space, gym.spaces.Discrete):
             actions = actions + space.start
+        elif not np.isfinite(actions).all():
+            raise FloatingPointError("the agent's actions are not finite")
         else:
-            if not math.isfinite(actions.sum()):
-                raise FloatingPointError("the agent's actions are not finite")
             actions = actions.reshape(-1, *space.shape).clip(space.low, space.high)
-            actions = actions.astype(space.dtype, copy=False)
-        with blame(f"{self.id} failed"):
-            obs, rewards, terminations, truncations, infos = self.envs.step(actions)
-            self.obs = next_obs = self.tensor(obs, self.dtype).view_as(self.obs)
-            dones = terminations | truncations
-            ended = dones.nonzero()[0].tolist()
-            if ended:
-                obs = np.array(obs, self.dtype)  # a first observation may be of whole numbers
-                for i in ended:
-                    obs[i] = infos["final_obs"][i]
-                next_obs = self.tensor(obs, self.dtype).view_as(self.obs)
+        obs, rewards, terminations, truncations, infos = self.envs.step(
+            actions.astype(space.dtype, copy=False))
+        array, dones = self.to_array(obs), terminations | truncations
+        self.obs = next_obs = self.to_tensor(array)
         self.returns += rewards
         self.lengths += 1
-        if not math.isfinite(sum(self.returns.tolist())):  # faster than numpy's
-            raise UserError(f"{self.id} gave the rewards {rewards.tolist()}")
-        for i in ended:
-            self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
-            self.returns[i] = self.lengths[i] = 0
-        rewards, terminations, self.begins = self.tensor([rewards, terminations, dones]).unbind()
-        return next_obs, rewards, terminations, self.begins
+        if dones.any():
+            array = array.copy()
+            for i in dones.nonzero()[0].tolist():
+                array[i] = self.to_array(infos["final_obs"][i][None])
+                self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
+                self.returns[i] = self.lengths[i] = 0
+            next_obs = self.to_tensor(array, ~terminations)  # what follows those does not count
+        with np.errstate(over="ignore"):
+            columns = np.array([rewards, terminations, dones], np.float32)
+        rewards, terminations, self.episode_starts = self.to_tensor(columns).unbind()
+        return next_obs, rewards, terminations, self.episode_starts
 
 
-def load(folder, device="cpu"):
-    """The checkpoint of the run in `folder`."""
-    with blame(f"{folder} holds no checkpoint that can be read"):
-        saved = torch.load(pathlib.Path(folder, "checkpoint.pt"), device, weights_only=True)
-        script = saved["script"]
-    if script != NAME:
-        raise UserError(f"{folder} is a run of {script}.py, not of {NAME}.py")
+def load_checkpoint(folder, device="cpu", **modules):
+    """Read a run's checkpoint, which can hold no code, and load the states of these modules."""
+    path = pathlib.Path(folder, "checkpoint.pt")
+    try:
+        saved = torch.load(path, device, weights_only=True)
+        if unknown := saved["args"].keys() - {f.name for f in fields(Args)}:
+            raise ValueError(f"another script or version wrote it, with {', '.join(unknown)}")
+        for name, module in modules.items():
+            for group in saved[name].get("param_groups", ()):  # perhaps of another device
+                group["capturable"] = torch.device(device).type == "cuda"
+            module.load_state_dict(saved[name])
+    except Exception as error:
+        raise UserError(f"cannot load {path}: {type(error).__name__}: {error}") from error
     return saved
 
 
 class Run:
-    """A training run: its progress, its folder, and checkpoints from which it goes on exactly.
+    """A training run: its step, metrics and folder, and checkpoints of the modules' states."""
 
-    The trainer counts `step`. `state` are the objects whose state_dict a checkpoint keeps."""
+    stop_signal = 0  # the last signal that asked to stop
 
-    signal = 0  # the last that asked to stop
-
-    def __init__(self, args, envs, resume, **state):
-        self.args, self.envs, self.state, self.board = args, envs, state, None
+    def __init__(self, args, envs, resume, **modules):
+        self.args, self.envs, self.modules, self.writer = args, envs, modules, None
         saved = dict(step=0, history=[], recent=[], seconds=0)
         if resume:
-            saved = load(resume, envs.device)
-            with blame(f"{resume} does not fit these settings"):
-                for name in state:
-                    for group in saved[name].get("param_groups", ()):  # saved on whichever device
-                        group["capturable"] = envs.device.type == "cuda"
-                    state[name].load_state_dict(saved[name])
-        self.step, self.due, self.history = saved["step"], saved["step"], saved["history"]
-        self.recent = collections.deque(saved["recent"], maxlen=20)  # the latest of envs.episodes
-        self.began, self.said = time.time() - saved["seconds"], saved["seconds"]
+            saved = load_checkpoint(resume, envs.device, **modules)
+            if args.total_timesteps < min(saved["step"], saved["args"]["total_timesteps"]):
+                raise UserError(f"{resume} is at step {saved['step']:,} already, beyond "
+                                f"total_timesteps {args.total_timesteps:,}")
+        self.step, self.history = saved["step"], saved["history"]
+        self.recent = collections.deque(saved["recent"], maxlen=20)  # the last of envs.episodes
+        self.start_time = time.time() - saved["seconds"]
+        self.saved_step = self.saved_time = -math.inf
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
-            if not resume and os.path.exists(self.folder / "checkpoint.pt"):
-                raise UserError(f"{self.folder} holds a run; --resume goes on with it")
-            text = json.dumps(asdict(args), indent=2)
-            self.write("args.json", lambda path: path.write_text(text))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not resume and (self.folder / "checkpoint.pt").exists():
+                raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
+            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.folder, purge_step=self.step)
+                self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+                OPENED.append(self.writer)
         if RANK == 0:
-            chosen = [f"{name}={value}" + "*" * (preset(args.env).get(name) == value)
-                      for name, value in asdict(args).items() if value != getattr(Args, name)]
-            print(f"{NAME}: {args.env} on {envs.device} (* from the preset):", *chosen, flush=True)
-        # What exists by now stays; searching it for garbage slowed rollouts by 10 %.
-        gc.unfreeze(), gc.collect(), gc.freeze()
+            print(f"{NAME} on {envs.device}:", {name: value for name, value in asdict(args).items()
+                                                if value != getattr(Args, name)}, flush=True)
+        # A resumed run begins new episodes, with numbers that depend on nothing but these three.
+        envs.reset(seed_everything(args.seed, self.step, RANK))
 
     @classmethod
-    def ask_to_stop(cls, number, frame):
-        cls.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one does not ask
+    def request_stop(cls, number, frame):
+        cls.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
-        """Where one is due: save, seed everything from the step, and begin new episodes.
-
-        What follows depends on the checkpoint alone, so a resumed run repeats an unbroken one."""
-        stop = Run.signal
-        if WORLD_SIZE > 1:  # all stop as soon as one is asked to
-            average(stop := torch.tensor(float(stop), device=self.envs.device))
+        """To be called once an iteration: save when it is time to, stop if asked to."""
+        stop = torch.tensor(float(Run.stop_signal), device=self.envs.device)
+        all_reduce_mean(stop)  # all processes stop as soon as one is asked to
         if stop:
             self.finish()
-            if self.folder:
-                print(f"stopped; --resume {self.folder} goes on from here", file=sys.stderr)
-            raise SystemExit(128 + (Run.signal or signal.SIGTERM))
-        if due := self.step >= self.due:
+            print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
+            raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
+        every = self.args.checkpoint_every
+        if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
             self.save()
-            every = self.args.checkpoint_every or max(  # leave episodes the time to end
-                self.args.total_timesteps // 10, 2000 * self.args.num_envs * WORLD_SIZE)
-            self.due = (self.step // every + 1) * every
-            self.envs.reset(seed_all(1, self.args.seed, self.step, RANK))
-        return due
 
     def save(self):
-        for name, value in self.state["agent"].state_dict().items():
-            if not value.isfinite().all():
-                raise FloatingPointError(f"the agent's {name} is not finite at step {self.step:,}")
-        saved = dict(script=NAME, args=asdict(self.args), step=self.step, history=self.history,
-                     recent=list(self.recent), seconds=time.time() - self.began)
-        saved |= {name: module.state_dict() for name, module in self.state.items()}
-        self.write("checkpoint.pt", lambda path: torch.save(saved, path))
-
-    def write(self, name, write):
-        """Write beside the file, then rename: neither a kill nor a full disk can break it."""
+        """Write checkpoint.pt: renamed in the end, so that a kill cannot leave half of it."""
+        self.saved_step, self.saved_time = self.step, time.time()
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        if not all(value.isfinite().all() for value in state["agent"].values()):
+            raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            with blame(f"cannot write {self.folder / name}"):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write(self.folder / f"{name}.part")
-                os.replace(self.folder / f"{name}.part", self.folder / name)
-
-    def progress(self, always=False):
-        """Take in the finished episodes and, every two seconds, say where the run is."""
-        self.recent += self.envs.episodes
-        self.envs.episodes.clear()
-        seconds = time.time() - self.began
-        if RANK == 0 and (always or seconds > self.said + 2):
-            speed, self.said = self.step / seconds, seconds
-            left = max(0, self.args.total_timesteps - self.step) / max(speed, 1e-8)
-            print(f"step {self.step:,} of {self.args.total_timesteps:,}: "
-                  f"return {self.mean_episode()[1]:.1f}, {speed:,.0f} steps/s, {left:.0f} s left"
-                  + ", stopping" * bool(Run.signal), flush=True)
-
-    def mean_episode(self):
-        return np.mean(self.recent or [[math.nan] * 3], 0).tolist()
+            path, part = self.folder / "checkpoint.pt", self.folder / "checkpoint.part"
+            state |= dict(args=asdict(self.args), step=self.step, history=self.history,
+                          recent=list(self.recent), seconds=time.time() - self.start_time)
+            try:
+                torch.save(state, part)
+                os.replace(part, path)
+            except (OSError, RuntimeError) as error:  # torch does not say why it failed
+                raise UserError(f"cannot write {path}; is the disk full? {error}") from error
 
     def log(self, **metrics):
-        """Keep at most 200 rows of metrics a run: in history, metrics.csv and TensorBoard."""
-        self.progress()
+        """At most 200 times a run, add a row of metrics to the history and print the progress."""
+        self.recent += self.envs.episodes
+        self.envs.episodes.clear()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
             return
-        row = dict(step=self.step, seconds=time.time() - self.began)
-        _, row["episode_return"], row["episode_length"] = self.mean_episode()
-        for name, value in metrics.items():
-            row[name] = float(value)
-            if not math.isfinite(row[name]):
-                raise FloatingPointError(f"{name} is {row[name]} at step {self.step:,}")
-        self.history.append(row)
-        rows = [",".join(map(str, x)) for x in (row, *(x.values() for x in self.history))]
-        self.write("metrics.csv", lambda path: path.write_text("\n".join(rows) + "\n"))
-        for name, value in row.items() if self.board else ():
-            self.board.add_scalar(name, value, self.step)
+        _, score, length = np.mean(self.recent or [[math.nan] * 3], 0).tolist()
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if not all(map(math.isfinite, metrics.values())):
+            raise FloatingPointError(f"not finite at step {self.step:,}: {metrics}")
+        self.history.append(row := dict(step=self.step, seconds=time.time() - self.start_time,
+                                        episode_return=score, episode_length=length) | metrics)
+        if self.folder:
+            columns = dict.fromkeys(name for row in self.history for name in row)
+            with open(self.folder / "metrics.csv", "w") as file:
+                table = csv.DictWriter(file, columns, lineterminator="\n")
+                table.writeheader(), table.writerows(self.history)
+        for name, value in row.items() if self.writer else ():
+            self.writer.add_scalar(name, value, self.step)
+        if RANK == 0:
+            speed = self.step / row["seconds"]
+            score = f"return {score:.1f}" if self.recent else "no episode has ended yet"
+            line = (f"step {self.step:,} of {total:,} ({self.step / total:.0%}): {score}, "
+                    f"{speed:,.0f} steps/s, {max(0, total - self.step) / speed:.0f} s left")
+            print(f"{line:<99}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
 
     def finish(self):
-        """Save what there is and draw the learning curve."""
-        self.progress(always=True)
+        """Save, and draw the learning curve."""
         self.save()
         if not self.folder:
             return
@@ -642,90 +670,114 @@ class Run:
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.grid(alpha=0.3)
-        self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
+        axes.figure.savefig(self.folder / "learning_curve.png")
 
 
+@clean_up()
+def load_agent(run, **changes):
+    """The agent of the run folder `run`, and its Args with these changes: agent, args."""
+    args = Args(**load_checkpoint(run)["args"] | changes)
+    envs = VecEnv(args.env, 1, setup(args))
+    agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
+    load_checkpoint(run, envs.device, agent=agent)
+    return agent, args
+
+
+@clean_up()
 def evaluate(agent, args, episodes=100, **kwargs):
     """The returns (episodes,) of the deterministic policy on fresh episodes.
 
-    In each round every environment counts once, so that short episodes do not count more often."""
-    num_envs, returns = min(episodes, 20), []
-    envs = Envs(args.env, num_envs, next(agent.parameters()).device, **kwargs)
-    while len(returns) < episodes:
-        envs.reset(seed_all(2, args.seed, len(returns)))
-        envs.episodes, first, steps = [], {}, 0
-        while len(first) < num_envs:
-            if hasattr(agent, "begin"):  # a planner forgets its plans where an episode begins
-                agent.begin(envs.begins)
-            envs.step(agent.act(envs.obs, deterministic=True))
-            first, steps = {i: r for i, r, _ in reversed(envs.episodes)}, steps + 1
-            if Run.signal:
-                raise SystemExit(128 + Run.signal)
-            if steps == 100_000:
-                raise UserError(f"{args.env} goes on for {steps:,} steps and cannot be scored; it "
-                                "needs a time limit, max_episode_steps where it is registered")
-        returns += [first[i] for i in range(num_envs)]
-    envs.envs.close()
-    return np.array(returns[:episodes])
+    Each environment plays equally many, so that short episodes do not count more often."""
+    torch.set_num_threads(args.threads)
+    returns, steps = [[] for _ in range(min(episodes, 20))], 0
+    envs = VecEnv(args.env, len(returns), next(agent.parameters()).device, **kwargs)
+    envs.reset(seed_everything(args.seed, 0, 0, 1))  # a longer key than those of training
+    while (done := min(map(len, returns)) * len(returns)) < episodes:
+        if hasattr(agent, "reset"):  # a planner forgets its plans where an episode starts
+            agent.reset(envs.episode_starts)
+        envs.step(agent.act(envs.obs, deterministic=True))
+        for i, episode_return, _ in envs.episodes:
+            returns[i].append(episode_return)
+        envs.episodes.clear()
+        steps += 1
+        if steps % 5000 == 0:
+            print(f"evaluation: {done} of {episodes} episodes in {steps:,} steps", flush=True)
+        if Run.stop_signal:
+            raise SystemExit(128 + Run.stop_signal)
+    return np.array(list(zip(*returns))).flatten()[:episodes]
+
+
+def parse_args():
+    """The command line: what to do, and the settings that are given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [--env ENV] [...]", argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{NAME}.py: {message}\n")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", metavar="RUN", help="resume an interrupted run")
+    group.add_argument("--evaluate", metavar="RUN", help="score the agent of a run")
+    parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
+    parser.add_argument("--video", default=False, action="store_true", help="film an episode")
+    parser.add_argument("--render", default=False, action="store_true", help="show an episode")
+    names = {f.name for f in fields(Args)}
+    for f in fields(Args):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
+                            help=f"{f.metadata['help']} ({f.default})")
+    todo = parser.parse_args()
+    given = {name: vars(todo).pop(name) for name in names & vars(todo).keys()}
+    if "resume" in todo:
+        names -= {"run_dir"}
+    if "evaluate" in todo:
+        names = {"env", "seed", "device", "threads"}
+    if useless := given.keys() - names:
+        parser.error(f"{min(useless)} has no effect here")
+    if todo.episodes < 1:
+        parser.error("episodes is at least 1")
+    return todo, given
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    old = parser.add_mutually_exclusive_group()  # normpath makes '.' of '', which is no run either
-    old.add_argument("--resume", metavar="RUN", type=os.path.normpath, help="go on with this run")
-    old.add_argument("--evaluate", metavar="RUN", type=os.path.normpath, help="score its agent")
-    parser.add_argument("--episodes", type=int, default=100, help="how many to score (100)")
-    parser.add_argument("--video", action="store_true", default=False, help="film the first one")
-    parser.add_argument("--render", action="store_true", default=False, help="show the first one")
-    for f in fields(Args):
-        kind = str if typing.get_args(f.type) else f.type
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind)
-        help = f"{f.metadata['help']} ({f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
-    codes = {UserError: 2, FloatingPointError: 1, BrokenPipeError: 141}
-    parser.error = lambda message: parser.exit(2, f"{NAME}.py: {message}\n")
-    given = vars(parser.parse_args())
-    episodes, video, render = (given.pop(name) for name in ("episodes", "video", "render"))
-    if episodes < 1:
-        parser.error(f"episodes is {episodes}, which is not at least 1")
-    resume, score = given.pop("resume", ""), given.pop("evaluate", "")
+    sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Env-v0 may be
+    todo, given = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, Run.ask_to_stop)
+        signal.signal(number, Run.request_stop)
     try:
-        saved = load(resume or score) if resume or score else dict(args={})
-        args = Args(**saved["args"] | given)
-        args.run_dir = resume or score or args.run_dir or "runs/{}__{}__{}__{}-{}".format(
-            re.sub("[:/]", "-", args.env), NAME, args.seed, time.strftime("%y%m%d-%H%M%S"),
-            os.getpid())
-        if score:
-            envs, history = Envs(args.env, 1, setup(args)), saved["history"] or [saved]
-            agent = Agent(envs.obs_space, envs.action_space, args).to(envs.device)
-            with blame(f"{score} does not fit these settings"):
-                agent.load_state_dict(saved["agent"])
+        folder = vars(todo).get("resume", vars(todo).get("evaluate"))
+        if folder is not None:
+            given = load_checkpoint(folder)["args"] | given | {"run_dir": folder}
+        args, trained = Args(**given), ""
+        if "evaluate" in todo:
+            agent, args = load_agent(folder, **given)
         else:
-            del saved  # the buffer of a resumed run would stay in memory twice
-            agent, history = train(args, resume)
-        if WORLD_SIZE > 1:
-            torch.distributed.barrier()  # which would not wait as long as a score may take
-        if RANK == 0:
-            returns = evaluate(agent, args, episodes)
+            name = re.sub("[:/]", "-", args.env), NAME, args.seed, time.time_ns() // 10**6
+            args.run_dir = args.run_dir or "runs/{}__{}__{}__{}".format(*name)
+            agent, history = train(args, folder or "")
             step, seconds = history[-1]["step"], history[-1]["seconds"]
-            print(f"{args.env}: return {returns.mean():.1f} ± {returns.std():.1f} over {episodes} "
-                  f"episodes, {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s; "
-                  f"{args.run_dir}")
-            if video:
+            trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if RANK == 0:
+            returns = evaluate(agent, args, todo.episodes)
+            print(f"{args.env}: return {returns.mean():.1f} +/- {returns.std():.1f} over "
+                  f"{len(returns)} episodes{trained}; {args.run_dir}", flush=True)
+            if todo.video:
                 film = functools.partial(gym.wrappers.RecordVideo, episode_trigger=lambda i: i == 0,
                                          video_folder=f"{args.run_dir}/videos")
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
-            if render:
+            if todo.render:
                 evaluate(agent, args, 1, render_mode="human")
-        if WORLD_SIZE > 1:  # at an ordinary exit gloo's threads now and then abort the process
-            sys.stdout.flush(), os._exit(0)
-    except tuple(codes) as error:
-        parser.exit(codes[type(error)], f"{NAME}.py: {error}\n")
+    except (UserError, FloatingPointError, ImportError, OSError, gym.error.Error) as error:
+        print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except Exception as error:  # of the environment, as a rule: its author needs the traceback
+        hint = "; without a display MuJoCo needs MUJOCO_GL=egl" * (todo.video or todo.render)
+        print(f"{NAME}.py: {args.env} failed: {error}{hint}", file=sys.stderr)
+        traceback.print_exc()
+        sys.exit(2)
+
+
+train = clean_up()(train)  # here, as a decorator above would need the plumbing to come first
 
 
 if __name__ == "__main__":

@@ -34,10 +34,11 @@ SMALL = {
 }
 # Settings with which training must diverge: in its metrics first, or in its weights first.
 DIVERGENT = {
-    "reinforce": [dict(learning_rate=1e30), dict(learning_rate=3e38, baseline="mean")],
-    "a2c": [dict(learning_rate=1e30), dict(learning_rate=3e38, optimizer="adam")],
+    "reinforce": [dict(learning_rate=1e30), dict(learning_rate=3e38, baseline="none")],
+    "a2c": [dict(learning_rate=1e30), dict(learning_rate=3e38)],
     "ppo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1, update_epochs=1)],
-    "trpo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1, update_epochs=1)],
+    "trpo": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_minibatches=1,
+                                            update_epochs=1)],
     "dqn": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
     "ddpg": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
     "naf": [dict(learning_rate=1e30), dict(learning_rate=3e38, num_updates=1)],
@@ -95,9 +96,35 @@ def timeless(history):
     return [{name: row[name] for name in row if name != "seconds"} for row in history]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the exhaustive tests, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "exhaustive: skipped without --all")
+    config.addinivalue_line(
+        "markers", "plumbing(*scripts, kind=None): without --all run it on ppo, ddpg and these "
+        "scripts; never on those without actions of this kind")
+
+
+def pytest_collection_modifyitems(config, items):
+    skip = pytest.mark.skip(reason="exhaustive; python -m pytest --all runs it")
+    for item in items:
+        if item.get_closest_marker("exhaustive") and not config.getoption("all"):
+            item.add_marker(skip)
+
+
 def pytest_generate_tests(metafunc):
-    if "script" in metafunc.fixturenames:
-        metafunc.parametrize("script", SCRIPTS)
+    """A test with a `script` runs on all; one of the plumbing, which is one text, on a few."""
+    if "script" not in metafunc.fixturenames:
+        return
+    scripts, marker = SCRIPTS, metafunc.definition.get_closest_marker("plumbing")
+    if marker and not metafunc.config.getoption("all"):
+        scripts = [name for name in SCRIPTS if name in ("ppo", "ddpg", *marker.args)]
+    if marker and (kind := marker.kwargs.get("kind")):
+        scripts = [name for name in scripts
+                   if kind in importlib.import_module(name).ACTION_SPACES]
+    metafunc.parametrize("script", scripts)
 
 
 @pytest.fixture

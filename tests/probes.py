@@ -11,16 +11,19 @@ COUNT = Box(0, np.inf, (1,), np.float32)
 class Probe(gym.Env):
     """After `length` steps, or one of several, an episode `ends` as (terminated, truncated).
 
-    `raise_after` and `nan_after` count the steps of all episodes. The reward is a constant or a
-    function of the action. Actions that are not in the space are refused."""
+    From step `fail_after` on, counted over all episodes, a step has the flaw `fail`: it raises, or
+    the reward or the observation is wrong. The observation at the end of an episode is multiplied
+    by `last`. The reward is a constant or a function of the action. An action that is no member of
+    the action space is refused."""
 
     metadata = {"render_modes": []}
 
     def __init__(self, obs_space=COUNT, action_space=Discrete(2), length=5, ends=(True, False),
-                 reward=1.0, raise_after=np.inf, nan_after=np.inf):
+                 reward=1.0, last=1, fail=None, fail_after=60):
         self.observation_space, self.action_space = obs_space, action_space
         self.lengths, self.ends, self.reward = np.atleast_1d(length), ends, reward
-        self.raise_after, self.nan_after, self.steps, self.all_steps = raise_after, nan_after, 0, 0
+        self.last, self.fail, self.fail_after = last, fail, fail_after
+        self.steps, self.all_steps = 0, 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -31,12 +34,18 @@ class Probe(gym.Env):
     def step(self, action):
         assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
         self.steps, self.all_steps = self.steps + 1, self.all_steps + 1
-        if self.all_steps > self.raise_after:
-            raise RuntimeError("the probe\nbroke")
+        obs = observe(self.observation_space, self.steps)
         reward = self.reward(action) if callable(self.reward) else self.reward
-        reward = np.nan if self.all_steps > self.nan_after else reward
         ends = self.ends if self.steps >= self.length else (False, False)
-        return observe(self.observation_space, self.steps), reward, *ends, {}
+        if any(ends) and self.last != 1:
+            obs = obs * self.last
+        if self.fail and self.all_steps >= self.fail_after:
+            obs, reward = self.fail(obs, reward)
+        return obs, reward, *ends, {}
+
+
+def broken(obs, reward):
+    raise RuntimeError("the probe\nbroke")
 
 
 class Reusing(Probe):
@@ -65,12 +74,40 @@ class WholeFirst(Probe):
         return obs / 2, *rest
 
 
-class Misshapen(Probe):
-    """From the 60th step on, its observations have another shape than they should."""
+class Single(Probe):
+    """Only one may be open at a time."""
+
+    opened = 0
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if Single.opened:
+            raise RuntimeError("another one is open")
+        Single.opened += 1
+        self.closed = False
+
+    def close(self):
+        Single.opened -= not self.closed
+        self.closed = True
+
+
+class Unclosable(Probe):
+    def close(self):
+        raise RuntimeError("it does not close")
+
+
+class Alternating(Probe):
+    """Every other environment ends after one step, the rest after `length`; counts all steps."""
+
+    made = total_steps = 0
+
+    def __init__(self, length, **kwargs):
+        super().__init__(length=length if Alternating.made % 2 else 1, **kwargs)
+        Alternating.made += 1
 
     def step(self, action):
-        obs, *rest = super().step(action)
-        return np.zeros(3, np.float32) if self.all_steps >= 60 else obs, *rest
+        Alternating.total_steps += 1
+        return super().step(action)
 
 
 def observe(space, steps):
@@ -105,18 +142,35 @@ for name, settings in {
     "Both": dict(length=1, ends=(True, True), reward=2.0),
     "Truncated3": dict(length=3, ends=(False, True)),
     "Endless": FOREVER,
+    "Long": dict(length=40),
     "Constant": dict(reward=10.0),
     "Uneven": dict(length=(1, 9)),
     "Arms": dict(length=1, reward=float),  # a bandit: arm 1 pays 1, arm 0 nothing
     "Target": dict(length=1, action_space=UNBOUNDED, reward=lambda a: -((a - 1) ** 2).sum()),
-    "Raises": dict(raise_after=60),
-    "NaNReward": dict(nan_after=60),
-    "Start": dict(action_space=Discrete(3, start=5)),
+    "Raises": dict(fail=broken),
+    "NaNReward": dict(fail=lambda obs, reward: (obs, np.nan)),
+    "HugeReward": dict(fail=lambda obs, reward: (obs, 1e39)),  # which is infinite in float32
+    "NaNObs": dict(fail=lambda obs, reward: (obs * np.nan, reward)),
+    "NaNFirst": dict(fail=lambda obs, reward: (obs * np.nan, reward), fail_after=1),
+    "NaNEnd": dict(last=np.nan),  # nothing may depend on what follows a termination
+    "InfEnd": dict(last=np.inf),
+    "NaNCut": dict(last=np.nan, ends=(False, True)),
+    "Misshapen": dict(fail=lambda obs, reward: (np.zeros(3, np.float32), reward)),
+    "TurnedTable": dict(obs_space=Box(0, 9, (8, 12), np.float32),
+                        fail=lambda obs, reward: (obs.T, reward)),
+    "TurnedImage": dict(obs_space=image(40, 36, 3),
+                        fail=lambda obs, reward: (obs.swapaxes(0, 1), reward)),
+    "Single": dict(),
+    "SingleRaises": dict(fail=broken),
+    "SingleMulti": dict(action_space=MultiDiscrete([2, 3])),
+    "Unclosable": dict(),
+    "Alternating": dict(length=100),
+    "Start": dict(action_space=Discrete(3, start=-1, dtype=np.int32)),
+    "Structured": dict(obs_space=VECTORS, action_space=Discrete(3, start=-1, dtype=np.int32)),
     "Bounds": dict(action_space=BOUNDS, reward=lambda a: float(a.sum())),  # says what was executed
     "Halves": dict(action_space=Box(-0.1, 0.3, (2,), np.float16)),  # neither bound is a half
     "Unbounded": dict(action_space=UNBOUNDED),
     "WholeFirst": dict(length=3),
-    "Misshapen": dict(),
     "Sequence": dict(obs_space=gym.spaces.Sequence(COUNT)),
     "Multi": dict(action_space=MultiDiscrete([2, 3])),
     "Integers": dict(action_space=Box(0, 4, (2,), np.int64)),
@@ -129,7 +183,8 @@ for name, settings in {
     "BoxTarget": dict(length=1, action_space=BOUNDS,
                       reward=lambda a: -(a[0] - 1.5) ** 2 - ((a[1] - 3) / 5) ** 2),
 }.items():
-    kind = dict(Reusing=Reusing, WholeFirst=WholeFirst, Misshapen=Misshapen).get(name, Probe)
+    kind = dict(Reusing=Reusing, WholeFirst=WholeFirst, Single=Single, SingleRaises=Single,
+                SingleMulti=Single, Unclosable=Unclosable, Alternating=Alternating).get(name, Probe)
     gym.register(f"{name}-v0", kind, kwargs=settings, disable_env_checker=True)
     if "action_space" not in settings:  # and the same for those who take no discrete actions
         gym.register(f"Box{name}-v0", kind, kwargs=settings | dict(action_space=BOUNDS),

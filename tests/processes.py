@@ -12,7 +12,7 @@ import sys
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([
     "torch", "torch._dynamo", "gymnasium", "gymnasium.envs.classic_control.cartpole",
-    "gymnasium.envs.mujoco.inverted_pendulum_v5", "matplotlib.figure"])
+    "gymnasium.envs.mujoco.inverted_pendulum_v5", "matplotlib.figure", "torch.utils.tensorboard"])
 
 
 class Script(CONTEXT.Process):
@@ -41,15 +41,35 @@ class Script(CONTEXT.Process):
         return self.exitcode, *((self.folder / name).read_text() for name in ("stdout", "stderr"))
 
 
-def leave(*folders):
-    """Forget these folders, so that the script finds no module in them."""
+def find(folder):
+    """Let the script find modules in this folder."""
+    sys.path.append(folder)
+
+
+def be_alone(*folders):
+    """Forget these folders, and be a terminal as with PYTHONIOENCODING=ascii."""
     sys.path[:] = [path for path in sys.path if path not in folders]
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="ascii", errors="strict")
 
 
 def join(rank, port):
     """Be process `rank` of two, as torchrun would start it."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def have_a_rank():
+    """Be left with the variable RANK of a batch system, but no other processes."""
+    os.environ.pop("WORLD_SIZE", None)
+    os.environ["RANK"] = "1"
+
+
+def close_stdout():
+    """Print into a pipe whose reader has gone away, as in `python ppo.py | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
 
 
 def die():

@@ -54,10 +54,23 @@ def test_fresh_seeds_are_those_of_no_row():
 
 
 def test_the_tables_of_the_readme_are_what_the_records_say():
-    text = (ROOT / "README.md").read_text()
-    assert len(benchmark.tables()) == 5
-    for what, lines in benchmark.tables().items():
+    first, long = (path.read_text() for path in (ROOT / "README.md",
+                                                 TESTS / "benchmark/README.md"))
+    tables = benchmark.tables()
+    assert tables.keys() > {"ladder", "results", "fresh", "solved", "objectives"}
+    for what, lines in tables.items():
+        text = first if what == "ladder" else long
         assert re.search(f"<!-- {what} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)[1] == lines
+
+
+def test_a_record_of_an_earlier_version_is_marked_and_run_again(tmp_path):
+    row = benchmark.Row("ppo", "CartPole-v1", 256, seeds=[1])
+    benchmark.record(tmp_path, row, 1, 10.0, 1.0, [[256, 1.0, 10.0]])
+    assert benchmark.is_current(row, 1, tmp_path) and "†" not in benchmark.table([row], tmp_path)
+    path = tmp_path / f"{benchmark.name(row, 1)}.csv"
+    path.write_text(path.read_text().replace("# version:", "# an older version:"))
+    assert not benchmark.is_current(row, 1, tmp_path)
+    assert "`ppo.py` †" in benchmark.table([row], tmp_path)
 
 
 def test_a_missing_peer_is_a_clear_line():

@@ -11,14 +11,13 @@ from conftest import small
 import ddpg
 import naf
 
-COUNT = gym.spaces.Box(0, np.inf, (1,), np.float32)
 BOUNDS = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([2, 10], np.float32))
 LOW, HIGH = torch.tensor(BOUNDS.low), torch.tensor(BOUNDS.high)
 BOTH = pytest.mark.parametrize("algorithm", [ddpg, naf], ids=["ddpg", "naf"])
 
 
 def arguments(algorithm, env, **changes):
-    """A short run without presets."""
+    """The settings of a short run without presets."""
     defaults = {field.name: field.default for field in dataclasses.fields(algorithm.Args)}
     settings = small(algorithm.NAME, total_timesteps=96, env=env)
     return algorithm.Args(**defaults | settings | changes)
@@ -35,7 +34,7 @@ def an_agent(algorithm=ddpg, action_space=BOUNDS, obs_size=1):
 
 
 def best_values(agent, obs):
-    """Q of the policy's own actions."""
+    """Q of the actions that the policy takes."""
     if isinstance(agent, naf.Agent):
         return agent.heads(obs)[0]
     return agent.q_values(agent.encoder(obs), agent.act(obs, True))
@@ -45,23 +44,54 @@ def best_values(agent, obs):
 
 
 @BOTH
-@pytest.mark.parametrize("env, goes_on", [
+@pytest.mark.parametrize("env, bootstraps", [
     ("probes:BoxTruncated-v0", 1), ("probes:BoxTerminated-v0", 0), ("probes:BoxBoth-v0", 0)])
 def test_a_truncation_bootstraps_from_the_true_last_observation_a_termination_does_not(
-        algorithm, env, goes_on, spy):
+        algorithm, env, bootstraps, spy):
     calls = spy(algorithm, "td_target")
     agent, _ = train(env, algorithm, learning_rate=0)  # the target network stays what it was
     values = [best_values(agent, obs).item() for obs in (torch.zeros(1, 1), torch.ones(1, 1))]
-    assert abs(values[0] - values[1]) > 1e-3  # else the reset would pass for the last observation
-    expected = torch.full((16,), 2 + goes_on * 0.99 * values[1])
+    assert abs(values[0] - values[1]) > 1e-3  # the test can tell the two
+    expected = torch.full((16,), 2 + bootstraps * 0.99 * values[1])
     for call in calls:
         assert torch.allclose(call["out"], expected, atol=1e-5)
 
 
-def test_the_target_is_that_of_the_textbook():
-    rewards, next_values = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0])
-    targets = ddpg.td_target(rewards, next_values, torch.tensor([0.0, 1.0, 0.0]), 0.5)
+@BOTH
+@pytest.mark.parametrize("unknown", [20.0, math.nan, math.inf])
+def test_the_target_ignores_what_follows_a_termination(algorithm, unknown):
+    rewards, next_values = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, unknown, 30.0])
+    targets = algorithm.td_target(rewards, next_values, torch.tensor([0.0, 1.0, 0.0]), 0.5)
     assert targets.tolist() == [6, 2, 18]
+
+
+class NaNAtTheEnd(gym.Env):
+    """Episodes of three steps. The observation that follows the termination is NaN."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), BOUNDS
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs = np.full(2, math.nan if self.steps == 3 else 0.1 * self.steps, np.float32)
+        return obs, 1.0, self.steps == 3, False, {}
+
+
+gym.register("NaNAtTheEnd-v0", NaNAtTheEnd, disable_env_checker=True)
+
+
+@pytest.mark.parametrize("algorithm, changes", [
+    (ddpg, {}), (ddpg, dict(maximizer="cem")), (naf, {})], ids=["ddpg", "cem", "naf"])
+def test_nan_after_a_termination_changes_nothing(algorithm, changes, spy):
+    samples = spy(algorithm.ReplayBuffer, "sample")
+    agent, history = train("NaNAtTheEnd-v0", algorithm, **changes)
+    assert any(call["out"][2].isnan().any() for call in samples)
+    assert all(x.isfinite().all() for x in agent.state_dict().values())
+    assert all(map(math.isfinite, history[-1].values()))
 
 
 def last_batch(env, spy, **changes):
@@ -110,8 +140,8 @@ def test_a_known_critic_moves_the_actor_to_its_maximum(monkeypatch):
     best = torch.tensor([1.5, 3.0])
 
     def q_values(self, features, actions):
-        nothing = 0 * self.critic[-1].bias.sum()  # keeps the critic's loss a function of it
-        return -((actions - best) / (HIGH - LOW)).square().sum(-1) + nothing
+        zero = 0 * self.critic[-1].bias.sum()  # keeps the critic's loss a function of it
+        return -((actions - best) / (HIGH - LOW)).square().sum(-1) + zero
 
     monkeypatch.setattr(ddpg.Agent, "q_values", q_values)
     agent, _ = train("probes:Bounds-v0", total_timesteps=1600, learning_rate=3e-3)
@@ -119,13 +149,19 @@ def test_a_known_critic_moves_the_actor_to_its_maximum(monkeypatch):
     assert torch.allclose(actions, best.expand(5, 2), atol=0.1)
 
 
-@BOTH
-def test_it_learns_what_pays(algorithm):
-    agent, _ = train("probes:BoxTarget-v0", algorithm, total_timesteps=2400, learning_starts=1200,
-                     buffer_size=2400, learning_rate=3e-3, batch_size=64, num_updates=12)
+@pytest.mark.parametrize("algorithm, changes", [
+    (ddpg, {}), (ddpg, dict(maximizer="cem")), (naf, {}),
+    pytest.param(ddpg, dict(maximizer="random"), marks=pytest.mark.exhaustive)],
+    ids=["ddpg", "cem", "naf", "random"])
+def test_it_learns_which_action_pays(algorithm, changes):
+    agent, history = train(
+        "probes:BoxTarget-v0", algorithm, total_timesteps=1200, learning_starts=600, hidden_size=64,
+        buffer_size=1200, learning_rate=3e-3, batch_size=64, num_updates=12, **changes)
     action = agent.act(torch.zeros(1, 1), True)[0]
-    assert action[0].item() == pytest.approx(1.5, abs=0.3)
-    assert action[1].item() == pytest.approx(3, abs=1)
+    assert ((action - torch.tensor([1.5, 3])) / torch.tensor([1, 5])).square().sum() < 0.1
+    assert ("actor_loss" in history[-1]) == (algorithm is ddpg and not changes)
+    if changes:
+        assert not [name for name in agent.state_dict() if "actor" in name]
 
 
 # The target network.
@@ -137,7 +173,7 @@ def test_the_target_follows_by_tau_and_shares_no_memory(algorithm, spy):
     settings = dict(total_timesteps=8, learning_starts=8, num_updates=1, tau=0.25)  # one update
     agents = [train("probes:Bounds-v0", algorithm, learning_rate=rate, **settings)[0]
               for rate in (0, 1e-2)]
-    target = runs[1]["state"]["target"]
+    target = runs[1]["modules"]["target"]
     for old, new, moved in zip(*(x.parameters() for x in (*agents, target)), strict=True):
         assert torch.allclose(moved, old + 0.25 * (new - old), atol=1e-7)
         assert not torch.equal(new, old) and new.data_ptr() != moved.data_ptr()
@@ -147,8 +183,8 @@ def test_the_target_follows_by_tau_and_shares_no_memory(algorithm, spy):
 def test_next_values_come_from_the_target_network(algorithm, spy, monkeypatch):
     runs, targets = spy(algorithm.Run, "__init__"), spy(algorithm, "td_target")
     samples = spy(algorithm.ReplayBuffer, "sample")
-    train("probes:Bounds-v0", algorithm, learning_rate=1e-2, tau=0)  # so it keeps its first weights
-    agent, target = (runs[0]["state"][name] for name in ("agent", "target"))
+    train("probes:Bounds-v0", algorithm, learning_rate=1e-2, tau=0)  # it never moves
+    agent, target = (runs[0]["modules"][name] for name in ("agent", "target"))
     next_obs = samples[-1]["out"][2]
     values, others = (best_values(x, next_obs) for x in (target, agent))
     assert torch.allclose(targets[-1]["next_values"], values, atol=1e-5)
@@ -159,10 +195,10 @@ def test_next_values_come_from_the_target_network(algorithm, spy, monkeypatch):
 
 
 @BOTH
-def test_the_policy_stretches_over_the_bounds_of_each_dimension(algorithm):
+def test_the_policy_covers_the_bounds_of_each_dimension(algorithm):
     agent, obs = an_agent(algorithm), torch.randn(50, 1)
     parts = (agent.act(obs, True) - (LOW + HIGH) / 2) / ((HIGH - LOW) / 2)
-    assert parts.abs().max() < 0.6  # at first they are far from the bounds
+    assert parts.abs().max() < 0.6  # at first it is far from the bounds
     last = agent.actor[-1] if algorithm is ddpg else agent.network[-1]
     for output, bound in ((-50, LOW), (50, HIGH)):
         torch.nn.init.zeros_(last.weight)
@@ -171,17 +207,17 @@ def test_the_policy_stretches_over_the_bounds_of_each_dimension(algorithm):
 
 
 @BOTH
-def test_noise_is_a_part_of_the_bounds_and_the_mode_has_none(algorithm):
+def test_noise_is_relative_to_the_bounds_and_deterministic_actions_have_none(algorithm):
     agent, obs = an_agent(algorithm), torch.randn(50, 1)
-    mode, noise = agent.act(obs, True), 0.1 * torch.rand(50, 2)
+    best, noise = agent.act(obs, True), 0.1 * torch.rand(50, 2)
     half = torch.tensor([1.5, 5.0])
-    assert torch.allclose(agent.act(obs, noise=noise), mode + half * noise, atol=1e-5)
-    assert torch.equal(agent.act(obs, True, noise), mode) and torch.equal(agent.act(obs), mode)
+    assert torch.allclose(agent.act(obs, noise=noise), best + half * noise, atol=1e-5)
+    assert torch.equal(agent.act(obs, True, noise), best) and torch.equal(agent.act(obs), best)
     assert torch.equal(agent.act(obs, noise=torch.tensor(9.0)), HIGH.expand(50, 2))
     assert torch.equal(agent.act(obs, noise=torch.tensor(-9.0)), LOW.expand(50, 2))
 
 
-def test_the_critic_sees_actions_as_numbers_from_minus_1_to_1():
+def test_the_critic_sees_actions_scaled_to_minus_1_to_1():
     agent, inputs = an_agent(), []
     agent.critic.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
     agent.q_values(torch.zeros(3, 1), torch.stack([LOW, (LOW + HIGH) / 2, HIGH]))
@@ -205,7 +241,7 @@ def test_the_stored_action_is_the_executed_one_and_next_obs_the_true_successor(
 
 
 @BOTH
-def test_the_first_actions_are_uniform_between_the_bounds(algorithm, spy):
+def test_the_first_actions_are_uniform_within_the_bounds(algorithm, spy):
     calls = spy(algorithm.ReplayBuffer, "add")
     train("probes:Bounds-v0", algorithm, learning_starts=4000, total_timesteps=4000, num_envs=20,
           num_updates=1)
@@ -228,11 +264,12 @@ def test_images_are_bytes_until_the_network_divides_them_by_255(spy):
 @BOTH
 @pytest.mark.parametrize("low, high", [(-np.inf, np.inf), (0, np.inf), (-3e38, 3e38),
                                        (2, 2)])
-def test_bounds_without_a_finite_range_are_refused_before_anything_is_written(algorithm, low, high, tmp_path):
+def test_bounds_without_a_finite_range_are_refused_before_anything_is_written(
+        algorithm, low, high, tmp_path):
     space = gym.spaces.Box(np.array([-1, low], np.float32), np.array([1, high], np.float32))
     with pytest.raises(algorithm.UserError, match="bounds.*ppo"):
         an_agent(algorithm, space)
-    with pytest.raises(algorithm.UserError, match="Unbounded.*bounds.*ppo"):
+    with pytest.raises(algorithm.UserError, match="bounds.*Unbounded.*ppo"):
         train("probes:Unbounded-v0", algorithm, run_dir="run")
     assert list(tmp_path.iterdir()) == []
 
@@ -241,36 +278,35 @@ def test_bounds_without_a_finite_range_are_refused_before_anything_is_written(al
 
 
 @BOTH
-def test_noise_decays_by_theta_and_starts_anew_where_an_episode_begins(algorithm):
+def test_noise_decays_by_theta_and_starts_from_0_with_an_episode(algorithm):
     noise = torch.tensor([[1.0, -2.0], [3.0, 4.0], [5.0, 6.0]])
-    begins = torch.tensor([0.0, 1.0, 0.0])
-    moved = algorithm.next_noise(noise, begins, 0.25, 0.0)
-    assert moved.tolist() == [[0.75, -1.5], [0, 0], [3.75, 4.5]]
-    assert torch.equal(algorithm.next_noise(noise, begins, 1, 0.0), torch.zeros(3, 2))
+    episode_starts = torch.tensor([0.0, 1.0, 0.0])
+    next_noise = algorithm.next_noise(noise, episode_starts, 0.25, 0.0)
+    assert next_noise.tolist() == [[0.75, -1.5], [0, 0], [3.75, 4.5]]
+    assert torch.equal(algorithm.next_noise(noise, episode_starts, 1, 0.0), torch.zeros(3, 2))
     torch.manual_seed(0)
-    moved = algorithm.next_noise(torch.zeros(50_000, 2), torch.zeros(50_000), 0.25, 0.3)
-    assert moved.std(0).tolist() == pytest.approx([0.3, 0.3], rel=0.02)
-    assert torch.corrcoef(moved.T)[0, 1].abs() < 0.02  # each dimension has its own
+    next_noise = algorithm.next_noise(torch.zeros(50_000, 2), torch.zeros(50_000), 0.25, 0.3)
+    assert next_noise.std(0).tolist() == pytest.approx([0.3, 0.3], rel=0.02)
+    assert torch.corrcoef(next_noise.T)[0, 1].abs() < 0.02  # each dimension has its own
 
 
 @BOTH
 @pytest.mark.parametrize("noise, theta", [("gaussian", 1), ("ou", 0.25)])
-def test_the_noise_of_each_environment_goes_on_until_its_own_episode_ends(
+def test_the_noise_of_each_environment_continues_until_its_own_episode_ends(
         algorithm, noise, theta, spy):
     calls, acts = spy(algorithm, "next_noise"), spy(algorithm.Agent, "act")
     added = spy(algorithm.ReplayBuffer, "add")
     train("probes:BoxUneven-v0", algorithm, noise=noise, theta=0.25, sigma=0.2, learning_starts=0,
           num_envs=3, checkpoint_every=24)
-    acts = [call for call in acts if "noise" in call]  # the first example of actions has none
     assert len(calls) == len(acts) == len(added) == 32
     for before, call in zip([None, *calls], calls):
         assert call["theta"] == theta and call["sigma"] == 0.2
         if before:
             assert torch.equal(call["noise"], before["out"])
-    begins = torch.stack([call["begins"] for call in calls])
+    starts = torch.stack([call["episode_starts"] for call in calls])
     obs = torch.stack([call["transition"][0] for call in added]).squeeze(-1)
-    assert torch.equal(begins.bool(), obs == 0)
-    assert begins[1:].any(0).all() and not begins[1:].all(1).all()  # at different times
+    assert torch.equal(starts.bool(), obs == 0)
+    assert starts[1:].any(0).all() and not starts[1:].all(1).all()  # at different times
     for call, act in zip(calls, acts):
         assert torch.equal(act["noise"], call["out"])
 
@@ -278,15 +314,20 @@ def test_the_noise_of_each_environment_goes_on_until_its_own_episode_ends(
 # The replay buffer.
 
 
+def new_buffer(algorithm, size, num_envs=3):
+    obs_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    return algorithm.ReplayBuffer(size, num_envs, obs_space, BOUNDS, torch.device("cpu"))
+
+
 def transition(k, num_envs=3):
-    """Transition k of every environment: each number tells step, environment and part."""
+    """Transition k of every environment: each number tells the step, environment and part."""
     x = 100.0 * k + torch.arange(num_envs)
     return x.unsqueeze(-1), x.repeat(2, 1).T + 0.25, x.unsqueeze(-1) + 0.5, x + 0.75, x % 2
 
 
 @BOTH
-def test_the_buffer_keeps_the_last_transitions_and_draws_each_alike(algorithm):
-    buffer = algorithm.ReplayBuffer(14, *transition(0))  # 4 rows of 3; the rest stays unused
+def test_the_buffer_holds_the_last_transitions_and_samples_uniformly(algorithm):
+    buffer = new_buffer(algorithm, 14)  # 4 rows of 3; the rest is not used
     for k in range(9):
         buffer.add(*transition(k))
         last = range(max(0, k - 3), k + 1)
@@ -302,9 +343,9 @@ def test_the_buffer_keeps_the_last_transitions_and_draws_each_alike(algorithm):
 
 
 @BOTH
-def test_a_checkpoint_holds_what_is_filled_and_goes_on_exactly(algorithm, tmp_path):
+def test_a_checkpoint_holds_the_filled_rows_and_restores_them_exactly(algorithm, tmp_path):
     for steps, rows in ((5, 5), (130, 100)):
-        buffer, other = (algorithm.ReplayBuffer(300, *transition(0)) for _ in range(2))
+        buffer, other = (new_buffer(algorithm, 300) for _ in range(2))
         for k in range(steps):
             buffer.add(*transition(k))
         torch.save(buffer.state_dict(), "buffer.pt")
@@ -317,40 +358,32 @@ def test_a_checkpoint_holds_what_is_filled_and_goes_on_exactly(algorithm, tmp_pa
             torch.manual_seed(0)
             samples.append(x.sample(1000))
         assert all(map(torch.equal, *samples))
-        smaller = algorithm.ReplayBuffer(60 if rows > 20 else 12, *transition(0))
+        smaller = new_buffer(algorithm, 60 if rows > 20 else 12)
         with pytest.raises(ValueError, match="its buffer"):
             smaller.load_state_dict(buffer.state_dict())
-        wider = algorithm.ReplayBuffer(900, *(x.repeat_interleave(3, 0) for x in transition(0)))
-        with pytest.raises(ValueError, match="its buffer"):  # or each would be there three times
+        wider = new_buffer(algorithm, 900, num_envs=9)
+        with pytest.raises(ValueError, match="its buffer"):  # without a check it would broadcast
             wider.load_state_dict({**buffer.state_dict(), "data": [
                 x[:, :1] for x in buffer.state_dict()["data"]]})
 
 
 @BOTH
-def test_the_buffer_says_its_bytes_and_is_refused_where_it_cannot_fit(
-        algorithm, capsys, monkeypatch):
-    obs = torch.zeros(2, 4, 84, 84, dtype=torch.uint8)
-    numbers = torch.zeros(2)
-    parts = obs, numbers.unsqueeze(-1), obs, numbers, numbers
-    algorithm.ReplayBuffer(1000, *parts)
-    assert "replay buffer: 1,000 transitions, 56.5 MB" in capsys.readouterr().out
-    monkeypatch.setattr(algorithm.os, "sysconf", lambda name: 10 if "PAGES" in name else 4096)
-    with pytest.raises(algorithm.UserError, match="56,460,000 bytes.*40,960"):
-        algorithm.ReplayBuffer(1000, *parts)
-    with pytest.raises(algorithm.UserError, match="buffer_size.*bytes"):
-        train("Pendulum-v1", algorithm, buffer_size=10**6)
+def test_a_buffer_that_does_not_fit_into_memory_is_refused(algorithm, tmp_path):
+    with pytest.raises(algorithm.UserError, match="buffer_size 1,000,000,000,000,000"):
+        train("Pendulum-v1", algorithm, buffer_size=10**15, run_dir="run")
+    assert list(tmp_path.iterdir()) == []
 
 
 # The loop.
 
 
 @BOTH
-def test_updates_come_in_rounds_once_enough_was_seen(algorithm, spy):
+def test_updates_come_in_rounds_after_learning_starts(algorithm, spy):
     samples, acts = spy(algorithm.ReplayBuffer, "sample"), spy(algorithm, "next_noise")
     added = spy(algorithm.ReplayBuffer, "add")
     train("probes:Bounds-v0", algorithm, num_envs=2, train_every=3, num_updates=5,
           total_timesteps=60, learning_starts=12)
-    assert len(added) == 30 and len(samples) == 9 * 5  # one round of ten comes too early
+    assert len(added) == 30 and len(samples) == 9 * 5  # the first of ten rounds is too early
     assert len(acts) == 30 - 6  # the first steps are random
 
 
@@ -360,6 +393,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(algori
                   dict(buffer_size=19, num_envs=20)):
         with pytest.raises(algorithm.UserError, match=next(iter(wrong))):
             train("Pendulum-v1", algorithm, run_dir="run", **wrong)
+    with pytest.raises(algorithm.UserError, match="96: pass --learning-starts 9$"):
+        train("Pendulum-v1", algorithm, run_dir="run", learning_starts=97)
     with pytest.raises(algorithm.UserError, match="noise"):
         algorithm.Args(noise="brown")
     assert list(tmp_path.iterdir()) == []
@@ -370,3 +405,164 @@ def test_the_logged_returns_are_those_of_the_environment(algorithm):
     _, history = train("probes:BoxUneven-v0", algorithm)  # 1 a step
     assert history[-1]["episode_return"] == history[-1]["episode_length"] > 1
     assert all(map(math.isfinite, history[-1].values()))
+
+
+@BOTH
+def test_checkpoints_change_nothing(algorithm):
+    histories = [train("Pendulum-v1", algorithm, noise="ou", checkpoint_every=every)[1]
+                 for every in (8, 1000)]
+    rows = [[{**row, "seconds": 0} for row in history] for history in histories]
+    assert str(rows[0]) == str(rows[1])  # NaN is not equal to itself
+
+
+@BOTH
+def test_hooks_of_the_layers_are_called(algorithm):
+    agent, calls = an_agent(algorithm), []
+    network = agent.actor if algorithm is ddpg else agent.network
+    for layer in network:
+        layer.register_forward_hook(lambda layer, args, out: calls.append(layer))
+    agent.act(torch.zeros(1, 1))
+    assert calls == list(network)
+
+
+# The search for the best action (6).
+
+
+def quadratic(best):
+    """q(actions) = -|actions - best|^2, with `best` (N, action_dim)."""
+    return lambda actions: -(actions - best.unsqueeze(1)).square().sum(-1)
+
+
+def test_cem_finds_the_maximum_inside_and_at_a_bound():
+    torch.manual_seed(0)
+    best = torch.tensor([[0.3, -0.7], [1.0, -1.0], [3.0, 0.0], [-0.2, -9.0]])
+    actions, values = ddpg.cem(quadratic(best), (4, 2), 64, 6, 5)
+    assert torch.allclose(actions, best.clamp(-1, 1), atol=0.03)
+    assert torch.allclose(values, quadratic(best)(actions.unsqueeze(1)).squeeze(1))
+
+
+def test_cem_samples_from_the_elites_of_each_state_and_clips():
+    torch.manual_seed(0)
+    best, tried = torch.tensor([[-0.5], [0.5], [1.0]]), []
+
+    def q(actions):
+        tried.append(actions.clone())
+        return quadratic(best)(actions)
+
+    ddpg.cem(q, (3, 1), 1000, 100, 2)
+    first, second = (x.squeeze(-1) for x in tried)
+    assert first.shape == second.shape == (3, 1000)
+    assert first.abs().max() <= 1 and first.mean(1).abs().max() < 0.1
+    for i in range(3):
+        elites = first[i, (first[i] - best[i]).abs().argsort()[:100]]
+        std = elites.std(correction=0) + 0.01
+        z = (second[i] - elites.mean()) / std
+        if i < 2:  # far from the bounds
+            assert z.mean().abs() < 0.1 and z.std().item() == pytest.approx(1, abs=0.1)
+    assert second.max() == 1 and (second[2] == 1).float().mean() > 0.01
+
+
+def test_cem_returns_the_best_of_all_iterations():
+    torch.manual_seed(0)
+    for _ in range(20):
+        tried = []
+
+        def q(actions):
+            tried.append(actions)
+            return (1e4 * actions).sin().sum(-1)  # too rugged to improve from one to the next
+
+        actions, values = ddpg.cem(q, (3, 2), 8, 2, 3)
+        assert [x.shape[1] for x in tried] == [8, 8, 8]
+        assert torch.equal(values, q(torch.cat(tried, 1)).max(1).values)
+        assert torch.equal(q(actions.unsqueeze(1)).squeeze(1), values)
+
+
+def test_one_elite_leaves_the_smallest_std():
+    torch.manual_seed(0)
+    tried = []
+    ddpg.cem(lambda actions: (tried.append(actions), -actions.square().sum(-1))[1], (1, 2), 5000, 1,
+             2)
+    assert tried[1].std(1).flatten().tolist() == pytest.approx([0.01, 0.01], rel=0.05)
+
+
+def test_nan_is_never_an_elite_and_never_the_best():
+    torch.manual_seed(0)
+    best = torch.tensor([[0.5, 0.0], [-0.5, 0.0]])
+
+    def q(actions):  # unknown where the first number is positive
+        return torch.where(actions[..., 0] > 0, math.nan, quadratic(best)(actions))
+
+    actions, values = ddpg.cem(q, (2, 2), 64, 6, 5)
+    expected = torch.tensor([[0.0, 0.0], [-0.5, 0.0]])
+    assert values.isfinite().all() and torch.allclose(actions, expected, atol=0.05)
+    actions, values = ddpg.cem(lambda actions: math.nan * actions.sum(-1), (2, 2), 64, 6, 5)
+    assert actions.isfinite().all() and (values == -math.inf).all()
+
+
+def test_one_iteration_is_random_shooting(spy):
+    tried = []
+    torch.manual_seed(0)
+    q = quadratic(torch.tensor([[0.3, -0.7], [-1.0, 0.0]]))
+    actions, values = ddpg.cem(lambda x: (tried.append(x), q(x))[1], (2, 2), 64, 6, 1)
+    assert len(tried) == 1 and tried[0].shape == (2, 64, 2)
+    assert torch.equal(values, q(tried[0]).max(1).values)
+    for action, draws, i in zip(actions, tried[0], q(tried[0]).argmax(1)):
+        assert torch.equal(action, draws[i])
+    calls = spy(ddpg, "cem")
+    for maximizer, iterations in (("random", 1), ("cem", 3)):
+        train("Pendulum-v1", maximizer=maximizer, iterations=3, population=9)
+        assert {(call["iterations"], call["population"]) for call in calls} == {(iterations, 9)}
+        calls.clear()
+
+
+@pytest.mark.parametrize("maximizer", ["random", "cem"])
+def test_the_target_of_a_search_is_reward_plus_gamma_times_the_maximum_of_q(maximizer, spy):
+    targets = spy(ddpg, "td_target")
+    agent, batch, row = last_batch(
+        "Pendulum-v1", spy, maximizer=maximizer, population=300, gamma=0.9)
+    obs, actions, next_obs, rewards, terminations = batch
+    grid = torch.linspace(-2, 2, 2001).view(1, -1, 1).expand(16, -1, -1)  # the torques of Pendulum
+    q_values = agent.q_values(next_obs.unsqueeze(1).expand(-1, 2001, -1), grid)
+    maximum, minimum = q_values.amax(1), q_values.amin(1)
+    assert torch.allclose(targets[-1]["out"], rewards + 0.9 * maximum, atol=1e-3)
+    assert (maximum - minimum).min() > 0.01  # the test can tell the maximum from another value
+    td_errors = agent.q_values(obs, actions) - targets[-1]["out"]
+    assert row["critic_loss"] == pytest.approx(td_errors.square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("env", ["Pendulum-v1", "probes:Bounds-v0", "probes:BoxImage-v0"])
+def test_a_search_trains_the_critic_only(env, spy):
+    targets = spy(ddpg, "td_target")
+    agent, (obs, actions, *_), row = last_batch(env, spy, maximizer="cem")
+    loss = (agent.q_values(agent.encoder(obs), actions) - targets[-1]["out"]).square().mean()
+    parameters = list(agent.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        tolerance = 1e-5 * gradient.abs().max()
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=tolerance)
+    assert "actor_loss" not in row and not hasattr(agent, "actor")
+
+
+@pytest.mark.parametrize("maximizer", ["random", "cem"])
+def test_a_search_repeats_itself_only_if_it_is_deterministic(maximizer):
+    space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    torch.manual_seed(0)
+    agent = ddpg.Agent(space, BOUNDS, arguments(ddpg, "Pendulum-v1", maximizer=maximizer))
+    obs, state = torch.randn(7, 1), torch.get_rng_state()
+    actions = agent.act(obs, True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(agent.act(obs, True), actions)
+    assert torch.allclose(agent.act(obs[3:5], True), actions[3:5])  # does not depend on the batch
+    assert ((actions >= LOW) & (actions <= HIGH)).all()
+    assert not torch.equal(agent.act(obs), agent.act(obs))  # training draws anew
+    noise = torch.tensor([1.0, -9.0])
+    torch.manual_seed(1)
+    explored = agent.act(obs, noise=noise)
+    torch.manual_seed(1)
+    expected = agent.act(obs) + noise * torch.tensor([1.5, 5.0])
+    assert torch.allclose(explored, torch.minimum(torch.maximum(expected, LOW), HIGH))
+
+
+def test_more_elites_than_actions_are_refused():
+    with pytest.raises(ddpg.UserError, match="elites is 7, more than the population 5"):
+        train("Pendulum-v1", maximizer="cem", population=5, elites=7)
+    train("Pendulum-v1", maximizer="random", population=5, elites=7)  # which has none

@@ -1,6 +1,7 @@
-"""DQN against independent oracles: definitions, loops, streams of episodes, numbers by hand."""
+"""DQN against independent oracles: definitions, loops, made-up episodes, numbers by hand."""
 import dataclasses
 import importlib
+import math
 import pathlib
 import shutil
 
@@ -18,7 +19,7 @@ DEFAULTS = {field.name: field.default for field in dataclasses.fields(Args)}
 
 
 def arguments(env, **changes):
-    """A short run without presets or annealing, which would hide the numbers."""
+    """The settings of a short run without presets or annealing."""
     return Args(**DEFAULTS | small("dqn", anneal=False, env=env) | changes)
 
 
@@ -28,7 +29,7 @@ def train(env, **changes):
 
 @pytest.fixture
 def states(monkeypatch):
-    """What each Run was given to keep: agent, target, optimizer, buffer."""
+    """The modules of each Run: agent, target, optimizer, buffer."""
     states, init = [], dqn.Run.__init__
     monkeypatch.setattr(dqn.Run, "__init__", lambda self, *args, **state: (
         states.append(state), init(self, *args, **state))[1])
@@ -39,16 +40,16 @@ def states(monkeypatch):
 
 
 @pytest.mark.parametrize("n_step", [1, 3])
-@pytest.mark.parametrize("env, goes_on", [
+@pytest.mark.parametrize("env, bootstraps", [
     ("probes:Truncated-v0", 1), ("probes:Terminated-v0", 0), ("probes:Both-v0", 0)])
 def test_a_truncation_bootstraps_from_the_true_last_observation_a_termination_does_not(
-        env, goes_on, n_step, spy):
+        env, bootstraps, n_step, spy):
     calls = spy(dqn, "td_target")
     agent, _ = train(env, learning_rate=0, n_step=n_step, gamma=0.9)  # Q stays what it was
     start, end = agent.q_values(torch.tensor([[0.0], [1.0]])).amax(-1).tolist()
-    assert abs(start - end) > 1e-3  # else the reset observation would pass for the last one
+    assert abs(start - end) > 1e-3  # the test can tell the reset from the last observation
     for call in calls:
-        expected = torch.full_like(call["out"], 2 + goes_on * 0.9 * end)
+        expected = torch.full_like(call["out"], 2 + bootstraps * 0.9 * end)
         assert torch.allclose(call["out"], expected, atol=1e-5)
 
 
@@ -56,11 +57,39 @@ def test_one_network_chooses_and_the_other_values():
     next_q_values = torch.tensor([[1.0, 5.0, 2.0], [4.0, -1.0, 0.0]])
     choosing = torch.tensor([[9.0, 1.0, 3.0], [0.0, 2.0, 7.0]])
     returns, discounts = torch.tensor([10.0, 20.0]), torch.tensor([0.5, 0.25])
-    targets = dqn.td_target(returns, discounts, next_q_values, choosing)
+    zeros, ones = torch.zeros(2), torch.ones(2)
+    targets = dqn.td_target(returns, discounts, zeros, next_q_values, choosing)
     assert targets.tolist() == [10.5, 20.0]
-    targets = dqn.td_target(returns, discounts, next_q_values, next_q_values)
+    targets = dqn.td_target(returns, discounts, zeros, next_q_values, next_q_values)
     assert targets.tolist() == [12.5, 21.0]
-    assert dqn.td_target(returns, 0 * discounts, next_q_values, choosing).tolist() == [10, 20]
+    targets = dqn.td_target(returns, discounts, ones, next_q_values, choosing)
+    assert targets.tolist() == [10.0, 20.0]
+
+
+@pytest.mark.parametrize("unknown", [math.nan, math.inf, -math.inf])
+def test_the_target_ignores_what_follows_a_termination(unknown):
+    q_values = torch.tensor([[unknown, unknown], [1.0, 2.0]])
+    targets = dqn.td_target(torch.ones(2), torch.full((2,), 0.5), torch.tensor([1.0, 0.0]),
+                            q_values, q_values)
+    assert targets.tolist() == [1, 2]
+    rewards = torch.tensor([1.0, 2.0, unknown])  # the third step belongs to another episode
+    last, returns, discounts = dqn.n_step_returns(
+        torch.tensor([0, 1]), rewards, torch.tensor([1.0, 0.0, 1.0]), 1, 0.5, 3)
+    assert last.tolist() == [1, 1] and returns.tolist() == [2, 2]
+    assert discounts.tolist() == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("env", ["probes:NaNEnd-v0", "probes:InfEnd-v0"])
+@pytest.mark.parametrize("changes", [dict(), dict(n_step=3, double=True, dueling=True,
+                                                  prioritized=True)])
+def test_nan_after_a_termination_changes_nothing(env, changes, spy):
+    samples = spy(ReplayBuffer, "sample")
+    agent, history = train(env, **changes)
+    assert any(not call["out"][4].isfinite().all() for call in samples)
+    assert all(x.isfinite().all() for x in agent.state_dict().values())
+    usual, usual_history = train("probes:Counter-v0", **changes)
+    assert same(agent.state_dict(), usual.state_dict())
+    assert same(timeless(history), timeless(usual_history))
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -104,7 +133,7 @@ def test_the_target_network_shares_no_memory_and_is_copied_every_so_many_steps(
             assert torch.equal(agent, target)
         elif number:
             assert torch.equal(target, seen[number - 1][1]) and not torch.equal(agent, target)
-    assert torch.equal(*seen[0])  # both begin alike
+    assert torch.equal(*seen[0])  # both start with the same weights
 
 
 def test_a_soft_target_moves_a_part_of_the_way_at_each_update(states, monkeypatch):
@@ -126,7 +155,7 @@ def test_the_loss_and_its_gradient_are_those_of_a_loop_over_the_batch(prioritize
     sampled, calls = spy(ReplayBuffer, "sample"), spy(dqn, "td_target")
     agent, history = train("CartPole-v1", prioritized=prioritized, num_updates=1, learning_rate=0,
                            total_timesteps=256)
-    _, obs, actions, _, _, _, importance = sampled[-1]["out"]
+    _, obs, actions, *_, importance = sampled[-1]["out"]
     targets = calls[-1]["out"]
     assert len(importance.unique()) > 1 if prioritized else (importance == 1).all()
     loss = 0
@@ -144,7 +173,7 @@ def test_the_loss_and_its_gradient_are_those_of_a_loop_over_the_batch(prioritize
     assert all(not p.grad.any() for p in states[0]["target"].parameters())
 
 
-def test_the_step_size_falls_linearly_to_0(monkeypatch):
+def test_the_learning_rate_falls_linearly_to_0(monkeypatch):
     rates, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (
         rates.append(float(self.param_groups[0]["lr"])), step(self, *args))[1])
@@ -166,7 +195,7 @@ def test_dueling_values_do_not_change_with_a_constant_added_to_all_advantages():
     obs = torch.randn(5, 3)
     outputs, q_values = agent.q_network(obs), agent.q_values(obs)
     assert q_values.shape == (5, 4)
-    for b in range(5):  # the mean over actions is V; differences are those of the advantages
+    for b in range(5):  # the mean over actions is V, and differences are those of A
         assert q_values[b].mean().item() == pytest.approx(outputs[b, 0].item(), abs=1e-6)
         assert torch.allclose(q_values[b] - q_values[b, 0], outputs[b, 1:] - outputs[b, 1])
     with torch.no_grad():
@@ -182,7 +211,7 @@ def test_dueling_values_do_not_change_with_a_constant_added_to_all_advantages():
 Q = torch.tensor([1.0, 3.0, 2.0, 0.0])
 
 
-def test_scaled_observations_have_their_bounds_at_1_and_without_bounds_stay_as_they_are():
+def test_scale_maps_bounds_to_minus_1_and_1_and_leaves_the_rest():
     space = gym.spaces.Box(np.array([-1.2, -0.07, -np.inf, 0, 3], np.float32),
                            np.array([0.6, 0.07, 5, np.inf, 3], np.float32))
     scale = dqn.Scale(space)
@@ -190,101 +219,119 @@ def test_scaled_observations_have_their_bounds_at_1_and_without_bounds_stay_as_t
     expected = torch.tensor([[-1, -1, 2, 8, 3], [1, 1, -9, 0, 4]]).float()
     torch.testing.assert_close(scale(corners), expected)
     agent = Agent(space, gym.spaces.Discrete(2), arguments("x", scale_obs=True))
-    assert isinstance(agent.encoder, dqn.Scale)
-    torch.testing.assert_close(agent.q_values(corners), agent.q_network(expected))
+    torch.testing.assert_close(agent.q_values(corners), agent.q_network[1:](expected))
 
 
-@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
-def test_epsilon_greedy_takes_any_action_with_probability_epsilon(level):
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+def test_epsilon_greedy_takes_random_actions_with_probability_epsilon(epsilon, spy):
+    added, num_envs = spy(ReplayBuffer, "add"), 40
+    agent, _ = train("probes:Start-v0", exploration_start=epsilon, exploration_end=epsilon,
+                     num_envs=num_envs, total_timesteps=16_000, learning_starts=0, learning_rate=0,
+                     num_updates=1, train_every=40, buffer_size=1600)
+    rollouts = [call["rollout"] for call in added]
+    obs, actions = (torch.cat([rollout[i] for rollout in rollouts]) for i in (0, 2))
+    assert actions.shape == (400, num_envs)
+    greedy = agent.q_values(obs).argmax(-1)
+    for action in range(3):  # given a greedy action, each of the others is equally probable
+        others = actions[greedy != action] == action
+        assert others.float().mean().item() == pytest.approx(epsilon / 3, abs=0.015)
+    # Each environment at each step has a draw of its own.
+    explored, p = (actions != greedy).float(), 2 / 3 * epsilon
+    assert explored.mean().item() == pytest.approx(p, abs=0.015)
+    for dim in range(2):
+        expected = math.sqrt(p * (1 - p) / explored.shape[dim])
+        assert explored.mean(dim).std().item() == pytest.approx(expected, rel=0.3)
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 0.5, 2.0])
+def test_boltzmann_samples_the_softmax_at_its_temperature(temperature, monkeypatch):
     torch.manual_seed(0)
-    noise = dqn.draw_noise((500, 100, 4), "epsilon", level, "cpu")
-    actions = (Q + noise).argmax(-1)
-    frequencies = actions.flatten().bincount(minlength=4) / 50_000
-    expected = level / 4 + (1 - level) * torch.tensor([0.0, 1, 0, 0])
-    assert torch.allclose(frequencies, expected, atol=0.01)
-    # Each environment has a draw of its own: in a row some explore and some do not.
-    p, spread = 0.75 * level, (actions != 1).float().mean(-1).std().item()
-    assert spread == pytest.approx(np.sqrt(p * (1 - p) / 100), abs=0.01)
-
-
-@pytest.mark.parametrize("level", [0.0, 0.5, 2.0])
-def test_boltzmann_draws_from_the_softmax_at_its_temperature(level):
-    torch.manual_seed(0)
-    noise = dqn.draw_noise((50_000, 1, 4), "boltzmann", level, "cpu")
-    frequencies = (Q + noise).argmax(-1).flatten().bincount(minlength=4) / 50_000
-    expected = (Q / level).softmax(-1) if level else torch.tensor([0.0, 1, 0, 0])
-    assert torch.allclose(frequencies, expected, atol=0.01)
+    agent = Agent(COUNT, gym.spaces.Discrete(4), arguments("x", exploration="boltzmann"))
+    monkeypatch.setattr(agent, "q_values", lambda obs: Q.expand(len(obs), 4))
+    agent.temperature.fill_(temperature)
+    obs = torch.zeros(50_000, 1)
+    frequencies = agent.act(obs).bincount(minlength=4) / 50_000
+    assert torch.allclose(frequencies, (Q / temperature).softmax(-1), atol=0.01)
+    assert (agent.act(obs, deterministic=True) == 1).all()
 
 
 @pytest.mark.parametrize("exploration", ["epsilon", "boltzmann"])
-def test_exploration_is_uniform_before_learning_and_then_falls_linearly(exploration, spy):
-    noises, acts = spy(dqn, "draw_noise"), spy(Agent, "act")
-    train("CartPole-v1", exploration=exploration, exploration_start=0.9, exploration_end=0.1,
-          exploration_fraction=0.5, learning_starts=32, total_timesteps=640)
-    levels = [call["level"] for call in noises]
-    assert len(levels) == 40 and min(levels[:2]) >= 1e9  # any action, whatever Q is
-    expected = [0.9 - 0.8 * min(1, 2 * k / 40) for k in range(2, 40)]
-    assert levels[2:] == pytest.approx(expected)
-    assert levels[20:] == pytest.approx([0.1] * 20)  # from the middle of the run on
-    given = torch.cat([call["out"].flatten(0, 1) for call in noises])
-    assert torch.equal(torch.cat([call["noise"] for call in acts]), given)
+def test_exploration_falls_linearly_and_then_stays(exploration, monkeypatch):
+    temperatures, act = [], Agent.act
+    monkeypatch.setattr(Agent, "act", lambda self, obs: (
+        temperatures.append(self.temperature.item()), act(self, obs))[1])
+    _, history = train("CartPole-v1", exploration=exploration, exploration_start=0.9, train_every=1,
+                       exploration_end=0.1, exploration_fraction=0.5, total_timesteps=160)
+    expected = [0.9 - 0.8 * min(1, 2 * k / 40) for k in range(40)]
+    assert expected[20:] == pytest.approx([0.1] * 20)  # from the middle of the run on
+    used = [row["exploration"] for row in history if "exploration" in row]
+    assert used == pytest.approx(expected[7:]) and len(temperatures) == 40
+    assert temperatures == pytest.approx(expected if exploration == "boltzmann" else [1] * 40)
 
 
-def test_the_mode_ignores_the_noise_and_the_noise_changes_actions():
-    args = arguments("CartPole-v1")
+@pytest.mark.parametrize("exploration", ["epsilon", "boltzmann"])
+def test_actions_are_uniform_before_learning_starts(exploration, spy):
+    added = spy(ReplayBuffer, "add")
+    agent, _ = train("probes:Start-v0", exploration=exploration, exploration_start=0,
+                     exploration_end=0, learning_starts=4000, total_timesteps=6000, train_every=20,
+                     num_envs=20, learning_rate=0, buffer_size=400)
+    obs, actions = (torch.cat([call["rollout"][i] for call in added]) for i in (0, 2))
+    frequencies = actions[:200].flatten().bincount(minlength=3) / 4000
+    assert torch.allclose(frequencies, torch.tensor(1 / 3), atol=0.03)
+    assert torch.equal(actions[200:], agent.q_values(obs[200:]).argmax(-1))  # epsilon is 0
+
+
+def test_without_boltzmann_act_is_greedy_and_deterministic():
     torch.manual_seed(0)
-    agent = Agent(COUNT, gym.spaces.Discrete(3), args)
+    agent = Agent(COUNT, gym.spaces.Discrete(3), arguments("x"))
     obs = torch.arange(6.0).unsqueeze(-1)
     best = agent.q_values(obs).argmax(-1)
-    noise = torch.zeros(6, 3).scatter_(1, (best.unsqueeze(-1) + 1) % 3, 1e9)
-    assert torch.equal(agent.act(obs, deterministic=True, noise=noise), best)
-    assert torch.equal(agent.act(obs), best)
-    assert torch.equal(agent.act(obs, noise=noise), (best + 1) % 3)
+    assert torch.equal(agent.act(obs), best) and torch.equal(agent.act(obs, True), best)
+
+
+def test_forward_hooks_of_the_layers_fire():
+    agent, calls = Agent(COUNT, gym.spaces.Discrete(3), arguments("x")), []
+    layers = [layer for layer in agent.modules() if isinstance(layer, torch.nn.Linear)]
+    for layer in layers:
+        layer.register_forward_hook(lambda *args: calls.append(args[0]))
+    agent.q_values(torch.zeros(1, 1))
+    assert calls == layers and len(layers) == 3
 
 
 # The replay buffer.
 
 
-def episodes(T, N, frame_stack=0):
-    """Streams of episodes of random lengths, each ended in one of three ways: by a termination, by
-    a time limit, or by a reset of all environments, as a checkpoint does. Every observation has a
-    number of its own, or is a stack of frames of bytes, black where there are none before."""
-    dice, rows, number = np.random.default_rng(0), [], 0
-    fresh = torch.ones(N)
-    obs = [None] * N
+def episodes(T, N):
+    """Transitions of episodes of random length, each ended by a termination, by a time limit, or
+    by a resume, which begins new episodes everywhere. Each observation has its own number."""
+    rng, rows, number = np.random.default_rng(0), [], 0
+    episode_starts, obs = torch.ones(N), None
 
-    def observation(n, begins):
+    def new_obs():
         nonlocal number
-        number += 1
-        if not frame_stack:
-            return torch.tensor([float(number)])
-        frame = torch.from_numpy(dice.integers(1, 256, (1, 2, 3), np.uint8))
-        before = torch.zeros(frame_stack, 2, 3, dtype=torch.uint8) if begins else obs[n]
-        return torch.cat([before[1:], frame])
+        number += N
+        return torch.arange(number - N, number).float().unsqueeze(-1)
 
     for t in range(T):
-        for n in range(N):
-            obs[n] = observation(n, True) if fresh[n] else obs[n]
-        terminations = torch.from_numpy((dice.random(N) < 0.15).astype(np.float32))
-        truncations = torch.from_numpy((dice.random(N) < 0.15).astype(np.float32))
-        next_obs = [observation(n, False) for n in range(N)]
+        obs = new_obs() if obs is None else torch.where(
+            episode_starts.unsqueeze(-1) > 0, new_obs(), obs)
+        terminations, truncations = torch.from_numpy((rng.random((2, N)) < 0.15).astype(np.float32))
+        next_obs = new_obs()
         rows.append(dict(
-            obs=torch.stack(obs), begins=fresh, actions=torch.from_numpy(dice.integers(0, 9, N)),
-            next_obs=torch.stack(next_obs), rewards=torch.from_numpy(
-                dice.random(N).astype(np.float32)), terminations=terminations))
-        obs, fresh = next_obs, torch.maximum(terminations, truncations)
+            obs=obs, episode_starts=episode_starts, actions=torch.from_numpy(rng.integers(0, 9, N)),
+            next_obs=next_obs, rewards=torch.from_numpy(rng.random(N).astype(np.float32)),
+            terminations=terminations))
+        obs, episode_starts = next_obs, torch.maximum(terminations, truncations)
         if t % 23 == 22:
-            fresh = torch.ones(N)
+            episode_starts = torch.ones(N)
     return rows
 
 
-def filled(rows, size, frame_stack=1, T=3):
+def filled(rows, size, T=3):
     """A buffer to which the rows were added, T at a time."""
-    rollouts = [[torch.stack(x) for x in zip(*(row.values() for row in rows[t:t + T]))]
-                for t in range(0, len(rows), T)]
-    buffer = ReplayBuffer(size, frame_stack, *(x[:1] for x in rollouts[0]))
-    for rollout in rollouts:
-        buffer.add(*rollout)
+    buffer = ReplayBuffer(size, len(rows[0]["obs"]), COUNT, "cpu")
+    for t in range(0, len(rows), T):
+        buffer.add(*(torch.stack(x) for x in zip(*(row.values() for row in rows[t:t + T]))))
         buffer.sample(1, 0.9, 1)  # which may not leave a trace
     return buffer
 
@@ -295,7 +342,7 @@ def test_every_sample_is_a_transition_with_n_rewards_up_to_the_end_of_its_episod
     T, N, gamma = 20, 3, 0.9
     rows = episodes(count, N)
     buffer = filled(rows, T * N + 2)
-    index, obs, actions, returns, next_obs, discounts, importance = buffer.sample(
+    index, obs, actions, returns, next_obs, terminations, discounts, importance = buffer.sample(
         3000, gamma, n_step)
     assert len(index.unique()) == min(count, T) * N and (importance == 1).all()
     for i in range(3000):
@@ -307,72 +354,55 @@ def test_every_sample_is_a_transition_with_n_rewards_up_to_the_end_of_its_episod
         while True:
             last = rows[t + k]
             expected, k = expected + gamma**k * last["rewards"][n].item(), k + 1
-            if k == n_step or t + k == count or rows[t + k]["begins"][n]:
+            if k == n_step or t + k == count or rows[t + k]["episode_starts"][n]:
                 break
         assert returns[i].item() == pytest.approx(expected, rel=1e-5)
         assert next_obs[i] == last["next_obs"][n]
-        bootstrap = 0 if last["terminations"][n] else gamma**k
-        assert discounts[i].item() == pytest.approx(bootstrap)
-
-
-@pytest.mark.parametrize("n_step", [1, 3])
-@pytest.mark.parametrize("count", [14, 74])
-def test_frames_kept_once_make_the_stacks_that_were_seen(count, n_step):
-    T, N, k = 20, 3, 4
-    rows = episodes(count, N, frame_stack=k)
-    buffer = filled(rows, T * N, frame_stack=k)
-    assert sum(x.nbytes for x in buffer.data if x.dtype == torch.uint8) == T * N * 6
-    index, obs, _, _, next_obs, discounts, importance = buffer.sample(3000, 0.9, n_step)
-    assert obs.shape == next_obs.shape == (3000, k, 2, 3) and 0 < importance.mean() < 1
-    for i in range(3000):
-        row, n = divmod(index[i].item(), N)
-        t = max(t for t in range(count) if t % T == row)
-        last = t
-        while last < t + n_step - 1 and last + 1 < count and not rows[last + 1]["begins"][n]:
-            last += 1
-        back = range(t - k + 2, t + 1)
-        whole = t - k + 1 >= max(0, count - T) and not any(rows[j]["begins"][n] for j in back)
-        goes_on = last + 1 < count and not rows[last + 1]["begins"][n]
-        terminated = bool(rows[last]["terminations"][n])
-        assert importance[i] == (whole and (goes_on or terminated))
-        if importance[i]:
-            assert torch.equal(obs[i], rows[t]["obs"][n])
-            assert terminated and discounts[i] == 0 or torch.equal(
-                next_obs[i], rows[last]["next_obs"][n])
-
-
-def test_a_million_stacks_of_atari_frames_fit_in_8_gigabytes():
-    obs, zeros = torch.zeros(1, 8, 4, 84, 84, dtype=torch.uint8), torch.zeros(1, 8)
-    buffer = ReplayBuffer(1000, 4, obs, zeros, zeros.long(), obs, zeros, zeros)
-    assert 1000 * sum(x.nbytes for x in buffer.data) < 8e9
+        assert terminations[i] == last["terminations"][n]
+        assert discounts[i].item() == pytest.approx(gamma**k)
 
 
 def test_training_stores_true_successors_and_what_was_done(spy):
     calls = spy(ReplayBuffer, "sample")
-    train("probes:Counter-v0", checkpoint_every=128)
+    train("probes:Counter-v0")
     for call in calls:
-        _, obs, actions, returns, next_obs, discounts, _ = call["out"]
+        _, obs, _, returns, next_obs, terminations, discounts, _ = call["out"]
         assert torch.equal(next_obs, obs + 1) and (returns == 1).all()
-        assert torch.equal(discounts == 0, obs.squeeze(-1) == 4)
-        assert torch.allclose(discounts[discounts > 0], torch.tensor(0.99))
+        assert torch.equal(terminations == 1, obs.squeeze(-1) == 4)
+        assert torch.allclose(discounts, torch.tensor(0.99))
     calls.clear()
     train("probes:Arms-v0")  # whose reward is the action
     for call in calls:
         assert torch.equal(call["out"][2].float(), call["out"][3])
 
 
-def test_a_reset_at_a_checkpoint_is_no_step_of_an_episode(spy):
+@pytest.mark.parametrize("buffer_size", [120, 2000])
+def test_a_resumed_run_takes_no_old_row_for_the_continuation_of_a_new_one(buffer_size, spy):
+    settings = dict(n_step=3, gamma=0.5, buffer_size=buffer_size, run_dir="run")
+    train("probes:Endless-v0", total_timesteps=256, **settings)
     calls = spy(ReplayBuffer, "sample")
-    train("probes:Endless-v0", checkpoint_every=64, n_step=3, gamma=0.5)
-    short = 0
+    dqn.train(arguments("probes:Endless-v0", total_timesteps=512, **settings), "run")
+    longest = shortened = 0
     for call in calls:
-        _, obs, _, returns, next_obs, discounts, _ = call["out"]
+        _, obs, _, returns, next_obs, _, discounts, _ = call["out"]
         steps = (next_obs - obs).squeeze(-1)
-        assert ((steps >= 1) & (steps <= 3)).all() and next_obs.max() <= 16
+        assert ((steps >= 1) & (steps <= 3)).all()
         assert torch.allclose(discounts, 0.5**steps)
         assert torch.allclose(returns, 2 - 2 * 0.5**steps)
-        short += (steps < 3).sum()
-    assert short > 0
+        longest, shortened = max(longest, next_obs.max()), shortened + (steps < 3).sum()
+    assert shortened > 0 and longest == 64  # steps of each environment, without any reset
+
+
+@pytest.mark.parametrize("count", [5, 10, 13])
+def test_the_newest_row_of_a_loaded_buffer_is_not_continued(count):
+    rows = episodes(count, 2)
+    for row in rows:
+        row["episode_starts"] = torch.zeros(2)
+    buffer, loaded = filled(rows, 20), ReplayBuffer(20, 2, COUNT, "cpu")
+    loaded.load_state_dict(buffer.state_dict())
+    indices, _, _, _, next_obs, *_ = loaded.sample(1000, 0.9, 10)
+    newest = (count - 1) % 10 * 2 + indices % 2
+    assert torch.equal(next_obs, buffer.flat[3][newest])
 
 
 def test_samples_are_uniform_over_what_is_filled():
@@ -386,8 +416,9 @@ def test_samples_are_uniform_over_what_is_filled():
 def test_a_buffer_saves_what_is_filled_and_loads_it():
     rows = episodes(10, 2)
     buffer, other = filled(rows, 1000), filled(rows[:1], 1000)
+    buffer.update_priorities(torch.arange(20), torch.linspace(0, 9, 20), 0.6)
     saved = buffer.state_dict()
-    assert sum(x.nbytes for x in saved["data"]) < 1000 and saved["count"] == 10
+    assert sum(x.nbytes for x in saved["data"].values()) < 1000 and saved["count"] == 10
     torch.save(saved, "buffer.pt")
     assert pathlib.Path("buffer.pt").stat().st_size < 10_000
     other.load_state_dict(torch.load("buffer.pt", weights_only=True))
@@ -395,7 +426,7 @@ def test_a_buffer_saves_what_is_filled_and_loads_it():
     for one in (buffer, other):
         torch.manual_seed(0)
         results.append(one.sample(50, 0.9, 2, 0.5))
-    assert same(*results)
+    assert same(*results) and same(buffer.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("name", ["dqn", "ddpg", "naf"])
@@ -409,25 +440,17 @@ def test_a_full_buffer_of_other_environments_is_refused(name, num_envs):
         module.train(module.Args(**settings | dict(num_envs=num_envs)), "run")
 
 
-def test_a_resumed_run_with_every_option_is_the_run_that_never_stopped(monkeypatch):
-    save, kept = dqn.Run.save, []
-
-    def keep(self):
-        save(self)
-        shutil.copytree(self.folder, f"copy{self.step}", dirs_exist_ok=True)
-
-    settings = dict(prioritized=True, n_step=3, dueling=True, exploration="boltzmann",
-                    checkpoint_every=200, total_timesteps=640)
-    monkeypatch.setattr(dqn.Run, "save", keep)
-    whole, history = train("CartPole-v1", run_dir="whole", **settings)
-    monkeypatch.setattr(dqn.Run, "save", save)
-    copies = sorted(path.name for path in pathlib.Path().glob("copy*"))
-    assert copies == ["copy0", "copy208", "copy400", "copy608", "copy640"]
-    for copy in copies[1:4]:
-        args = arguments("CartPole-v1", run_dir=copy, **settings)
-        agent, resumed = dqn.train(args, copy)
-        assert same(agent.state_dict(), whole.state_dict())
-        assert same(timeless(resumed), timeless(history))
+def test_two_resumes_of_a_run_with_every_option_are_alike_to_the_last_bit(states):
+    settings = dict(prioritized=True, n_step=3, dueling=True, exploration="boltzmann", anneal=True)
+    train("CartPole-v1", run_dir="run", total_timesteps=320, **settings)
+    shutil.copytree("run", "copy")
+    runs = [dqn.train(arguments("CartPole-v1", run_dir=folder, **settings), folder)
+            for folder in ("run", "copy")]
+    assert same(timeless(runs[0][1]), timeless(runs[1][1])) and runs[0][1][-1]["step"] == 512
+    for name in ("agent", "target", "buffer"):
+        first, *resumed = (state[name].state_dict() for state in states)
+        assert same(*resumed) and not same(first, resumed[0])
+    assert states[1]["buffer"].count == 128 and states[1]["buffer"].max_priority >= 1
 
 
 # Priorities.
@@ -444,13 +467,13 @@ def test_priorities_1_and_3_are_drawn_once_and_three_times_in_four():
     assert torch.allclose(importance, expected[index].sqrt())
     _, importance = dqn.draw_prioritized(priorities, 40_000, 0.0)
     assert (importance == 1).all()
-    # One point in each quarter of the sum: of four draws one is of the first, always.
+    # One draw in each quarter of the sum: exactly one of four draws is the first.
     for _ in range(50):
         index, importance = dqn.draw_prioritized(priorities, 4, 1.0)
         assert index.tolist() == [0, 1, 1, 1]
 
 
-def test_draws_follow_the_priorities_wherever_they_lie_and_never_take_a_0():
+def test_draws_are_in_proportion_to_the_priorities_and_never_take_a_0():
     torch.manual_seed(0)
     priorities = torch.tensor([0.0, 2, 0, 5, 0.5, 0, 2.5, 0])
     index, importance = dqn.draw_prioritized(priorities, 100_000, 0.7)
@@ -464,7 +487,7 @@ def test_draws_follow_the_priorities_wherever_they_lie_and_never_take_a_0():
 
 def test_priorities_far_smaller_than_their_sum_are_all_drawn():
     priorities = torch.ones(100_000)
-    priorities[0] = 1e8  # in single precision sums would now go on in steps of 8
+    priorities[0] = 1e8  # in single precision, sums would now be multiples of 8
     torch.manual_seed(0)
     index, _ = dqn.draw_prioritized(priorities, 1_000_000, 1.0)
     assert (index > 0).float().mean().item() == pytest.approx(1e-3, rel=0.1)
@@ -480,13 +503,13 @@ def test_a_draw_at_the_very_edge_takes_no_priority_of_0(monkeypatch):
 def test_new_transitions_have_the_highest_priority_and_used_ones_that_of_their_error():
     rows = episodes(6, 2)
     buffer = filled(rows[:3], 100)
-    priorities = buffer.data[-1]
+    priorities = buffer.data["priorities"]
     assert (priorities[:3] == 1).all() and not priorities[3:].any()
-    buffer.prioritize(torch.tensor([0, 3]), torch.tensor([-4.0, 0.0]), 0.5)
+    buffer.update_priorities(torch.tensor([0, 3]), torch.tensor([-4.0, 0.0]), 0.5)
     assert priorities[:2].flatten().tolist() == pytest.approx([2, 1, 1, 1e-3])
     buffer.add(*(x.unsqueeze(0) for x in rows[3].values()))
     assert torch.allclose(priorities[3], torch.tensor(2.0))
-    buffer.prioritize(torch.tensor([0]), torch.tensor([0.25]), 0.5)
+    buffer.update_priorities(torch.tensor([0]), torch.tensor([0.25]), 0.5)
     buffer.add(*(x.unsqueeze(0) for x in rows[4].values()))
     assert torch.allclose(priorities[4], torch.tensor(2.0))  # the highest ever seen
     assert torch.allclose(priorities[0, 0], torch.tensor(0.5))
@@ -494,16 +517,16 @@ def test_new_transitions_have_the_highest_priority_and_used_ones_that_of_their_e
 
 def test_training_draws_by_priority_and_sets_priorities_by_the_error_after_each_update(spy):
     sampled, calls = spy(ReplayBuffer, "sample"), spy(dqn, "td_target")
-    prioritized = spy(ReplayBuffer, "prioritize")
+    prioritized = spy(ReplayBuffer, "update_priorities")
     agent, _ = train("CartPole-v1", prioritized=True, learning_rate=0, alpha=0.7, beta=0.4,
                      total_timesteps=640)
     assert len(prioritized) == len(sampled) == len(calls)
     for sample, call, given in zip(sampled, calls, prioritized):
         index, obs, actions, *_ = sample["out"]
         q_values = agent.q_values(obs)[torch.arange(16), actions]
-        assert torch.equal(given["index"], index) and given["alpha"] == 0.7
+        assert torch.equal(given["indices"], index) and given["alpha"] == 0.7
         assert torch.allclose(given["td_errors"], q_values - call["out"], atol=1e-5)
-    # beta rises from its start in steps of a fortieth of the way: a round is 16 steps of 640.
+    # beta rises linearly to 1: a round is 16 steps of 640.
     expected = [0.4 + 0.6 * k / 40 for k in range(1, 40) for _ in range(2)]
     assert [sample["beta"] for sample in sampled] == pytest.approx(expected)
     sampled.clear(), prioritized.clear()
@@ -511,54 +534,30 @@ def test_training_draws_by_priority_and_sets_priorities_by_the_error_after_each_
     assert all(sample["beta"] is None for sample in sampled) and not prioritized
 
 
-def test_what_cannot_be_learnt_from_is_not_drawn_for_its_error(spy):
-    pytest.importorskip("ale_py")
-    sampled, prioritized = spy(ReplayBuffer, "sample"), spy(ReplayBuffer, "prioritize")
-    train("ALE/Pong-v5", prioritized=True, frame_stack=4, total_timesteps=96)
-    importance = torch.cat([sample["out"][-1] for sample in sampled])
-    td_errors = torch.cat([given["td_errors"] for given in prioritized])
-    assert torch.equal(td_errors == 0, importance == 0)
-    assert 0.02 < (importance == 0).float().mean() < 0.5  # the first frames of each episode
-
-
-@pytest.mark.parametrize("env, frame_stack", [("ALE/Pong-v5", 2), ("probes:ImageFirst-v0", 3)])
-def test_stacks_of_other_frames_are_refused(env, frame_stack):
-    if env.startswith("ALE"):
-        pytest.importorskip("ale_py")
-    with pytest.raises(dqn.UserError, match=f"frame_stack is {frame_stack}"):
-        train(env, frame_stack=frame_stack)
-
-
 # Settings.
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(learning_starts=600), ["learning_starts", "600", "512"]),
-    (dict(buffer_size=15), ["buffer_size", "15", "batch_size"]),
-    (dict(buffer_size=10**12), ["buffer_size", "1,000,000,000,000", "56,000,000,000,000 bytes"]),
-    (dict(frame_stack=4, env="probes:ImageFirst-v0"), ["frame_stack", "4"]),
-    (dict(frame_stack=4), ["frame_stack", "4"]),  # four numbers are no four frames
-    (dict(exploration="none"), ["exploration", "epsilon, boltzmann"]),
-    (dict(env="Pendulum-v1"), ["Box", "ddpg, naf"])])
+    (dict(learning_starts=600), ["learning_starts is 600", "512", "pass --learning-starts 51"]),
+    (dict(buffer_size=15), ["buffer_size is 15", "batch_size", "pass --buffer-size 16"]),
+    (dict(buffer_size=39, train_every=10), ["buffer_size is 39", "pass --buffer-size 40"]),
+    (dict(buffer_size=10**15), ["buffer_size is 1,000,000,000,000,000", "memory", "--buffer-size"]),
+    (dict(exploration="none"), ["exploration is none", "epsilon or boltzmann"]),
+    (dict(env="Pendulum-v1"), ["Box", "ppo"])])
 def test_what_cannot_be_done_is_refused_before_anything_is_written(changes, words, tmp_path):
     with pytest.raises(dqn.UserError) as error:
         train(**dict(env="CartPole-v1", run_dir="run") | changes)
     assert all(word in str(error.value) for word in words) and not list(tmp_path.iterdir())
 
 
-def test_the_buffer_tells_its_bytes(capsys):
-    train("CartPole-v1", buffer_size=1000)  # of 56 bytes each
-    assert "replay buffer: 1,000 transitions, 0.1 MB" in capsys.readouterr().out
-
-
-def test_atari_trains_on_stacks_made_of_single_frames(spy):
+def test_atari_trains_on_bytes(spy):
     pytest.importorskip("ale_py")
     calls = spy(ReplayBuffer, "sample")
-    agent, _ = train("ALE/Pong-v5", frame_stack=4, num_envs=2, total_timesteps=96, batch_size=8,
-                     num_updates=1, prioritized=True)
+    agent, _ = train("ALE/Pong-v5", num_envs=2, total_timesteps=48, batch_size=8, num_updates=1)
     assert all(value.isfinite().all() for value in agent.state_dict().values())
-    assert calls[-1]["out"][1].shape == (8, 4, 84, 84)
-    assert calls[-1]["out"][1].dtype == torch.uint8 and calls[-1]["out"][-1].max() > 0
+    _, obs, _, _, next_obs, *_ = calls[-1]["out"]
+    assert obs.shape == next_obs.shape == (8, 4, 84, 84) and obs.dtype == torch.uint8
+    assert torch.equal(obs[:, 1:], next_obs[:, :-1])  # a stack of frames moves on by one
 
 
 # Learning.
@@ -567,7 +566,7 @@ def test_atari_trains_on_stacks_made_of_single_frames(spy):
 @pytest.mark.parametrize("changes", [
     dict(), dict(double=True, dueling=True, prioritized=True, n_step=3, target_every=0, tau=0.05),
     dict(exploration="boltzmann")])
-def test_the_arm_that_pays_is_worth_1_and_the_other_0(changes):
+def test_the_arm_that_pays_has_value_1_and_the_other_0(changes):
     agent, history = train("probes:Arms-v0", total_timesteps=2048, learning_rate=1e-2, **changes)
     q_values = agent.q_values(torch.zeros(1, 1)).flatten().tolist()
     assert q_values == pytest.approx([0, 1], abs=0.1)
@@ -575,17 +574,17 @@ def test_the_arm_that_pays_is_worth_1_and_the_other_0(changes):
 
 def test_returns_are_raw():
     agent, history = train("probes:Constant-v0")
-    assert {row["episode_return"] for row in history} == {50.0}
+    assert {row["episode_return"] for row in history[1:]} == {50.0}
 
 
 def test_values_of_a_chain_are_the_discounted_sums_to_its_end():
-    agent, _ = train("probes:Counter-v0", total_timesteps=4096, learning_rate=3e-3, gamma=0.5,
-                     hidden_size=32, anneal=True, target_every=64)
+    agent, _ = train("probes:Counter-v0", total_timesteps=3200, learning_rate=3e-3, gamma=0.5,
+                     hidden_size=32, anneal=True, target_every=64, exploration_end=1)
     q_values = agent.q_values(torch.arange(5.0).unsqueeze(-1)).mean(-1).tolist()
     assert q_values == pytest.approx([1.9375, 1.875, 1.75, 1.5, 1.0], abs=0.15)
 
 
-def test_cartpole_is_learnt_within_10_thousand_steps():
+def test_cartpole_is_learned_within_10_thousand_steps():
     args = Args(env="CartPole-v1", total_timesteps=10_000, seed=1, device="cpu", hidden_size=64)
     agent, _ = dqn.train(args)
     # A random policy gets 22.

@@ -1,8 +1,10 @@
-"""What a CUDA graph replays is what the function would have done."""
+"""A replay of a CUDA graph does what the function would have done.
+
+Without --all the graphs themselves, which are plumbing, are tested with ppo and ddpg only."""
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ENVS, same, small, takes, timeless
+from conftest import ENVS, flags, same, small, takes, timeless
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -17,7 +19,7 @@ def learner(module, device):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     net.to(device)
-    weights = module.flatten(net)
+    weights = module.flatten_parameters(net)
     rate = torch.tensor(1e-2, device=device)
     optimizer = torch.optim.Adam([weights], rate, fused=True, capturable=True)
 
@@ -37,11 +39,12 @@ def batches(device, sizes):
              torch.randn(n, device=device, generator=generator)) for n in sizes]
 
 
+@pytest.mark.plumbing
 @pytest.mark.parametrize("sizes", [[16] * 20, [16, 16, 7] * 8])  # a remainder has its own graph
 def test_captured_updates_equal_eager_ones_on_new_inputs_and_step_sizes(script, module, sizes):
     device = module.setup(arguments(module, script))
     results = []
-    for wrap in (module.capture, lambda function, device: function):
+    for wrap in (module.cuda_graph, lambda function, device: function):
         weights, optimizer, update = learner(module, device)
         update, losses = wrap(update, device), []
         for k, batch in enumerate(batches(device, sizes)):
@@ -54,10 +57,11 @@ def test_captured_updates_equal_eager_ones_on_new_inputs_and_step_sizes(script, 
     assert len(losses.unique()) == len(losses)  # a replay sees its own batch and keeps its answer
 
 
+@pytest.mark.plumbing
 def test_a_step_size_of_0_stops_a_captured_update(script, module):
     device = module.setup(arguments(module, script))
     weights, optimizer, update = learner(module, device)
-    update, (batch,) = module.capture(update, device), batches(device, [16])
+    update, (batch,) = module.cuda_graph(update, device), batches(device, [16])
     for _ in range(6):
         update(*batch)
     before = weights.clone()
@@ -69,9 +73,10 @@ def test_a_step_size_of_0_stops_a_captured_update(script, module):
     assert not torch.equal(weights, before)
 
 
+@pytest.mark.plumbing
 def test_a_captured_draw_is_another_one_at_every_replay(script, module):
     device = module.setup(arguments(module, script))
-    draw = module.capture(lambda x: x + torch.randn_like(x), device)
+    draw = module.cuda_graph(lambda x: x + torch.randn_like(x), device)
     draws = [draw(torch.zeros(8, device=device)) for _ in range(10)]
     assert len(torch.stack(draws).unique(dim=0)) == 10
 
@@ -79,7 +84,7 @@ def test_a_captured_draw_is_another_one_at_every_replay(script, module):
 def test_training_with_graphs_follows_the_curve_of_training_without(script, module, monkeypatch):
     args = arguments(module, script, total_timesteps=2048)
     agent, history = module.train(args)
-    monkeypatch.setattr(module, "capture", lambda function, device: function)
+    monkeypatch.setattr(module, "cuda_graph", lambda function, device: function)
     eager, eager_history = module.train(args)
     for row, expected in zip(timeless(history), timeless(eager_history), strict=True):
         assert row == pytest.approx(expected, rel=1e-2, abs=1e-3, nan_ok=True)
@@ -87,15 +92,17 @@ def test_training_with_graphs_follows_the_curve_of_training_without(script, modu
         assert torch.allclose(value.float(), eager.state_dict()[name].float(), atol=1e-3), name
 
 
+@pytest.mark.exhaustive
 def test_the_same_seed_gives_the_same_run_on_the_gpu(script, module):
     args = arguments(module, script)
     (a, first), (b, second) = module.train(args), module.train(args)
     assert same(timeless(first), timeless(second)) and same(a.state_dict(), b.state_dict())
 
 
+@pytest.mark.plumbing
 def test_a_run_on_the_gpu_can_be_resumed_and_scored_on_the_cpu(script, module, command):
-    code, _, err = command("--env", arguments(module, script).env, "--total-timesteps", 256,
-                           "--device", "cuda", "--run-dir", "run", "--episodes", 1)
+    settings = vars(arguments(module, script, total_timesteps=256))
+    code, _, err = command(*flags(settings | dict(run_dir="run")), "--episodes", 1)
     assert (code, err) == (0, "")
     code, _, err = command("--resume", "run", "--total-timesteps", 512, "--device", "cpu",
                            "--episodes", 1)

@@ -1,4 +1,6 @@
 """NAF against its definition; what it shares with DDPG is in test_ddpg.py."""
+import math
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ LOW, HIGH = torch.tensor(BOUNDS.low), torch.tensor(BOUNDS.high)
 
 
 def an_agent(weight=1.0):
-    """An agent of three actions whose heads differ from one observation to the next."""
+    """An agent with three action dimensions, whose heads depend on the observation."""
     torch.manual_seed(0)
     space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
     agent = naf.Agent(space, BOUNDS, naf.Args(env="Other-v0", hidden_size=32))
@@ -27,7 +29,7 @@ def q_values(agent, obs, actions):
     return agent.q_values(actions, V, mu, L)
 
 
-def any_actions(n):
+def random_actions(n):
     return LOW + (HIGH - LOW) * torch.rand(n, 3)
 
 
@@ -36,7 +38,7 @@ def train(env="probes:Bounds-v0", **changes):
 
 
 def test_q_is_the_quadratic_of_the_paper():
-    agent, obs, actions = an_agent(3.0), torch.randn(50, 4), any_actions(50)
+    agent, obs, actions = an_agent(3.0), torch.randn(50, 4), random_actions(50)
     V, mu, _, L = agent.heads(obs)
     assert V.shape == (50,) and mu.shape == (50, 3) and L.shape == (50, 3, 3)
     for value, maximum, best, lower, action in zip(
@@ -47,14 +49,25 @@ def test_q_is_the_quadratic_of_the_paper():
         assert value == pytest.approx(maximum - offset @ P @ offset / 2, rel=1e-4)
 
 
-def test_q_has_its_maximum_v_at_mu_and_nowhere_else():
+def test_the_maximum_of_q_is_v_and_only_at_mu():
     agent, obs = an_agent(3.0), torch.randn(50, 4)
     V, mu, _, _ = agent.heads(obs)
-    assert torch.equal(q_values(agent, obs, mu), V) and torch.equal(agent.act(obs, True), mu)
+    assert torch.equal(q_values(agent, obs, mu), V)
+    assert torch.equal(agent.act(obs, True), torch.minimum(torch.maximum(mu, LOW), HIGH))
     for _ in range(20):
-        actions = any_actions(50)
+        actions = random_actions(50)
         assert (q_values(agent, obs, actions) < V).all()
-    assert ((mu >= LOW) & (mu <= HIGH)).all()
+
+
+def test_u_from_minus_2_to_2_covers_the_bounds_and_more_is_clipped():
+    agent = an_agent()
+    torch.nn.init.zeros_(agent.network[-1].weight)
+    for u, part in ((-9, -1), (-2, -1), (-1, -math.tanh(1) / math.tanh(2)), (0, 0), (2, 1), (9, 1)):
+        torch.nn.init.constant_(agent.network[-1].bias, u)
+        _, mu, _, _ = agent.heads(torch.zeros(1, 4))
+        expected = (LOW + HIGH) / 2 + part * (HIGH - LOW) / 2
+        assert torch.allclose(agent.act(torch.zeros(1, 4), True)[0], expected)
+        assert ((mu[0] - expected) / (HIGH - LOW)).abs().max() < 0.02  # tanh(9) / tanh(2) = 1.037
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0, 30.0])
@@ -62,21 +75,22 @@ def test_l_is_lower_triangular_and_p_positive_definite(weight):
     agent = an_agent(weight)
     _, _, _, L = agent.heads(torch.randn(200, 4))
     assert torch.equal(L, L.tril()) and L.tril(-1).abs().max() > 0
-    assert (L.diagonal(dim1=-2, dim2=-1) >= 1).all()  # so that mu gets a gradient
+    assert (L.diagonal(dim1=-2, dim2=-1) >= 1).all()  # or mu might get no gradient
     P = L.double() @ L.double().mT
     assert (torch.linalg.eigvalsh(P) > 0).all()
     if weight == 1:  # the diagonal is 1 + the exponential of the outputs
         torch.nn.init.zeros_(agent.network[-1].weight)
         for entry, expected in ((1.5, 1 + np.exp(1.5)), (0.0, 2), (1e9, 1 + np.exp(5))):
             torch.nn.init.constant_(agent.network[-1].bias, entry)
-            diagonal = agent.heads(torch.zeros(1, 4))[3].diagonal(dim1=-2, dim2=-1)
-            assert diagonal.flatten().tolist() == pytest.approx([expected] * 3)
+            _, _, _, L = agent.heads(torch.zeros(1, 4))
+            assert L[0].diagonal().tolist() == pytest.approx([expected] * 3)
+            assert L[0, 2, 0] == min(entry, 5)  # the clamp is for all outputs
 
 
 @pytest.mark.parametrize("size", [1e3, 1e9, 1e18])
 def test_huge_features_stay_finite(size):
     agent, obs = an_agent(3.0), size * torch.randn(50, 4)
-    values = q_values(agent, obs, any_actions(50))
+    values = q_values(agent, obs, random_actions(50))
     assert values.isfinite().all() and agent.act(obs, True).isfinite().all()
     values.mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in agent.parameters())
@@ -91,7 +105,7 @@ def last_batch(env, spy, **changes):
 
 
 @pytest.mark.parametrize("env", ["Pendulum-v1", "probes:Bounds-v0", "probes:BoxImage-v0"])
-def test_the_loss_equals_a_loop_over_single_transitions_as_does_its_gradient(env, spy):
+def test_the_loss_and_its_gradient_equal_a_loop_over_single_transitions(env, spy):
     agent, batch, row = last_batch(env, spy, gamma=0.9)
     loss = mean_q = 0
     for obs, action, next_obs, reward, termination in zip(*(x.split(1) for x in batch)):
@@ -107,7 +121,7 @@ def test_the_loss_equals_a_loop_over_single_transitions_as_does_its_gradient(env
         assert torch.allclose(parameter.grad, expected, rtol=1e-3, atol=tolerance)
 
 
-def test_u_is_held_back_beyond_2_and_nowhere_else(monkeypatch, spy):
+def test_u_is_penalized_beyond_2_and_nowhere_else(monkeypatch, spy):
     monkeypatch.setattr(naf.Agent, "q_values", lambda self, actions, V, mu, L: 0 * V)
     monkeypatch.setattr(naf, "td_target", lambda rewards, *_: 0 * rewards)
     init = naf.Agent.__init__
@@ -122,7 +136,7 @@ def test_u_is_held_back_beyond_2_and_nowhere_else(monkeypatch, spy):
         assert agent.network[-1].bias.grad.tolist() == pytest.approx([0, gradient, 0], abs=1e-6)
 
 
-def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(monkeypatch):
+def test_gradients_are_clipped_to_max_grad_norm(monkeypatch):
     norms, step = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (norms.append(
         self.param_groups[0]["params"][0].grad.norm().item()), step(self, *args))[1])
@@ -133,8 +147,8 @@ def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(monkeypatch):
     assert min(norms) > 0.1 and len(set(norms)) == len(norms)
 
 
-def test_a_wrong_bound_is_left_again():
-    """At a bound where Q rises towards the other one, L must not vanish nor mu stay."""
+def test_mu_leaves_a_wrong_bound():
+    """At a bound where Q increases towards the other one, L must not vanish and mu must move."""
     torch.manual_seed(0)
     space, bounds = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
     agent = naf.Agent(space, bounds, naf.Args(env="Other-v0", hidden_size=32))

@@ -19,25 +19,25 @@ EXTRA = {ppo: dict(norm_advantages=False), reinforce: dict(max_episode_steps=0)}
 
 
 def train(module, env, **changes):
-    """A short run without presets, statistics or schedules, all of which would hide the numbers."""
+    """A short run without presets, statistics and schedules, which would hide the numbers."""
     defaults = {field.name: field.default for field in dataclasses.fields(module.Args)}
     settings = small(module.__name__, **PLAIN | EXTRA.get(module, {}))
     return module.train(module.Args(**defaults | settings | dict(env=env) | changes))
 
 
 @pytest.mark.parametrize("module", [a2c, ppo, trpo])
-@pytest.mark.parametrize("env, goes_on", [
+@pytest.mark.parametrize("env, bootstrapped", [
     ("probes:Truncated-v0", 1), ("probes:Terminated-v0", 0), ("probes:Both-v0", 0)])
 def test_a_truncation_bootstraps_from_the_true_last_observation_a_termination_does_not(
-        module, env, goes_on, spy):
+        module, env, bootstrapped, spy):
     calls = spy(module, "compute_gae")
-    agent, _ = train(module, env, learning_rate=0, total_timesteps=64)  # V stays what it was
+    agent, _ = train(module, env, learning_rate=0, total_timesteps=64)  # V does not change
     start, end = agent.value(torch.tensor([[0.0], [1.0]])).tolist()
-    assert abs(start - end) > 1e-3  # else the reset observation would pass for the last one
+    assert abs(start - end) > 1e-3  # or else the reset observation would give the same
     assert calls
     for call in calls:
         advantages, returns = call["out"]
-        expected = 2 + goes_on * 0.99 * end
+        expected = 2 + bootstrapped * 0.99 * end
         assert torch.allclose(returns, torch.full_like(returns, expected), atol=1e-5)
         assert torch.allclose(advantages, torch.full_like(returns, expected - start), atol=1e-5)
 
@@ -51,7 +51,7 @@ def test_the_critic_sees_scaled_rewards_while_the_history_keeps_raw_ones(module,
     assert {row["episode_length"] for row in rows} == {5.0}
     args = module.Args(env="probes:Constant-v0")
     assert module.evaluate(agent, args, 7).tolist() == [50.0] * 7
-    raw, scale = [], 1.0  # the deviation of all returns until now, in the units of the rewards
+    raw, scale = [], 1.0  # the std of all returns until now, in the units of the rewards
     for call in calls:
         rtol = 1e-5 if module in (ppo, trpo) else 1e-3
         assert torch.allclose(call["rewards"], torch.tensor(10 / scale), rtol=rtol)
@@ -61,7 +61,7 @@ def test_the_critic_sees_scaled_rewards_while_the_history_keeps_raw_ones(module,
 
 
 @pytest.mark.parametrize("module", [reinforce, a2c, ppo, trpo])
-def test_observations_are_standardised_and_the_statistics_travel_in_the_state_dict(module):
+def test_observations_are_normalized_and_the_state_dict_holds_the_statistics(module):
     agent, _ = train(module, "probes:Counter-v0", norm_obs=True, total_timesteps=640)
     state = agent.state_dict()
     near = 1e-4 if module is reinforce else 0.1  # whole episodes, which act on 0 to 4, or parts
@@ -76,7 +76,7 @@ def test_observations_are_standardised_and_the_statistics_travel_in_the_state_di
 
 
 @pytest.mark.parametrize("module", [reinforce, a2c, ppo, trpo])
-def test_an_action_that_has_but_one_value_disturbs_nothing(module):
+def test_an_action_with_only_one_possible_value_leaves_everything_finite(module):
     space = gym.spaces.Box(np.array([-1, 3], np.float32), np.array([1, 3], np.float32))
     agent = module.Agent(COUNT, space, module.Args())
     assert all(x.isfinite().all() for x in agent.state_dict().values())
@@ -89,5 +89,5 @@ def test_the_entropy_bonus_keeps_a_policy_undecided(module):
     decided, _ = train(module, "probes:Arms-v0", **settings)
     undecided, _ = train(module, "probes:Arms-v0", ent_coef=10.0, **settings)
     start, arms = torch.zeros(2, 1), torch.arange(2)
-    assert undecided.evaluate(start, arms)[1][0] > 0.99 * math.log(2)
-    assert decided.evaluate(start, arms)[1][0] < 0.9 * math.log(2)
+    assert undecided.evaluate_actions(start, arms)[1][0] > 0.99 * math.log(2)
+    assert decided.evaluate_actions(start, arms)[1][0] < 0.9 * math.log(2)

@@ -1,15 +1,21 @@
-"""Draw the pictures of the README from what run.py and compare.py recorded in results/."""
+"""Draw the pictures of the READMEs from the records of run.py and compare.py in results/.
+
+    python tests/benchmark/pictures.py frames    train agents and draw frames of them (minutes)
+"""
 import collections
 import csv
+import importlib
 import pathlib
+import sys
 
 import matplotlib
+import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 
 HERE = pathlib.Path(__file__).resolve().parent
 GREY = "#808080"  # readable on white and on black
-COLOURS = {  # Okabe and Ito's, which colour-blind readers can tell apart
+COLORS = {  # of Okabe and Ito, which color-blind readers can tell apart
     "reinforce": "#999999", "a2c": "#56B4E9", "ppo": "#0072B2", "trpo": "#009E73", "dqn": "#CC79A7",
     "ddpg": "#D55E00", "naf": "#E69F00", "cem": "#8C6BB1", "es": "#B2A000", "mbrl_mpc": "#E6194B"}
 matplotlib.rcParams.update({
@@ -23,7 +29,7 @@ def label(row):
 
 
 def curves(row, read):
-    """Mean and deviation over seeds of the return, at common steps, or None."""
+    """Mean and standard deviation over seeds of the return, at common steps, or None."""
     runs = [run[2] for seed in row.seeds if (run := read(row, seed))]
     runs = [run[np.isfinite(run[:, 2])] for run in runs]
     runs = [run for run in runs if len(run) > 1]
@@ -36,18 +42,19 @@ def curves(row, read):
 
 
 def panel(axes, rows, read):
-    """Every row's curve, its band over seeds, and its target at the step that it is due."""
+    """The curve of each row, its band over seeds, and the published return as a dotted line."""
     for row in rows:
         if (found := curves(row, read)) is None:
             continue
         steps, mean, std = found
-        colour = COLOURS[label(row)]
-        axes.plot(steps, mean, color=colour, label=label(row), linewidth=2)
-        axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
-        axes.plot([steps[-1] / 2, steps[-1]], [row.published] * 2, color=colour, linestyle=":")
+        color = COLORS[label(row)]
+        axes.plot(steps, mean, color=color, label=label(row), linewidth=2)
+        axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+        axes.plot([steps[-1] / 2, steps[-1]], [row.published] * 2, color=color, linestyle=":")
     axes.set(title=rows[0].env, xscale="log")
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=9, frameon=False, labelcolor=GREY)
+    axes.legend(fontsize=9, frameon=False, labelcolor=GREY, loc="upper left",
+                bbox_to_anchor=(1, 1))  # beside the curves
 
 
 def grid(rows, read, path, columns=3):
@@ -56,7 +63,7 @@ def grid(rows, read, path, columns=3):
         if curves(row, read) is not None:
             by_env[row.env].append(row)
     lines = -(-len(by_env) // columns)
-    figure = Figure((4 * columns, 3 * lines), layout="constrained")
+    figure = Figure((5 * columns, 3 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for ax, rows_of_env in zip(axes, by_env.values()):
         panel(ax, rows_of_env, read)
@@ -68,7 +75,7 @@ def grid(rows, read, path, columns=3):
 
 
 def bars(path):
-    """Ratios of speed to the peers', with the spread of their pairs."""
+    """Speed as a multiple of the peer's, with the spread of the pairs."""
     with open(HERE / "results/speed.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["peer"]][::-1]
     ratio, low, high = (np.array([float(row[key]) for row in rows])
@@ -88,11 +95,50 @@ def save(figure, path):
     figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
 
 
+# Script, environment and settings of the agents in the strip of frames, and the step shown.
+FRAMES = [("dqn", "LunarLander-v3", {}, 60), ("ppo", "HalfCheetah-v5", {}, 100),
+          ("trpo", "Hopper-v5", {}, 60), ("cem_es", "Swimmer-v5", dict(method="es"), 100),
+          ("ppo", "CartPole-v1", {}, 100), ("mbrl_mpc", "Pendulum-v1", {}, 100)]
+
+
+def frames(path, height=160):
+    """A strip of frames, one of each agent of FRAMES, trained with its preset."""
+    import torch
+    sys.path.insert(0, str(HERE.parent.parent))
+    images = []
+    for script, env, settings, step in FRAMES:
+        module = importlib.import_module(script)
+        agent, _ = module.train(module.Args(env=env, device="cpu", **settings))
+        with module.clean_up():
+            envs = module.VecEnv(env, 1, torch.device("cpu"), render_mode="rgb_array")
+            envs.reset(1)
+            for _ in range(step):
+                if hasattr(agent, "reset"):
+                    agent.reset(envs.episode_starts)
+                envs.step(agent.act(envs.obs, deterministic=True))
+            image = envs.envs.envs[0].render()
+        rows = np.linspace(0, len(image) - 1, height).astype(int)
+        columns = np.linspace(0, image.shape[1] - 1, height * image.shape[1] // len(image))
+        images.append(image[rows][:, columns.astype(int)])
+    matplotlib.image.imsave(path, np.concatenate(images, 1))
+
+
+def first(rows, read, path):
+    """The picture of the README: the scripts of CartPole-v1 and those of Pendulum-v1."""
+    figure = Figure((10, 3.2), layout="constrained")
+    for axes, env in zip(figure.subplots(1, 2), ("CartPole-v1", "Pendulum-v1")):
+        panel(axes, [row for row in rows if row.env == env and "--" not in row.flags
+                     or row.env == env and row.script == "cem_es"], read)
+        axes.set(xlabel="environment steps", ylabel="return while training")
+    save(figure, path)
+
+
 def draw():
     from run import ROWS, read
-    grid(ROWS, read, HERE / "curves.svg")
+    first(ROWS, read, HERE / "first.svg")
+    grid([row for row in ROWS if label(row) in COLORS], read, HERE / "curves.svg")
     pendulum = [row for row in ROWS if row.env == "Pendulum-v1"
-                and row.script in ("mbrl_mpc", "ddpg", "naf", "ppo")]
+                and row.script in ("mbrl_mpc", "ddpg", "naf", "ppo") and not row.flags]
     figure = Figure((7, 4), layout="constrained")
     axes = figure.subplots()
     panel(axes, pendulum, read)
@@ -100,3 +146,10 @@ def draw():
     save(figure, HERE / "pendulum.svg")
     if (HERE / "results/speed.csv").exists():
         bars(HERE / "speed.svg")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["frames"]:
+        frames(HERE / "frames.png")
+    else:
+        draw()

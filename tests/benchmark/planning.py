@@ -22,9 +22,9 @@ class Pendulum(nn.Module):
     def __init__(self):
         super().__init__()
         self.device = nn.Parameter(torch.zeros(()))  # says where the agent is
-        self.targets = mbrl_mpc.Norm(4)
+        self.deltas = mbrl_mpc.Normalizer(4)
 
-    def predict(self, obs, actions, noise, order):
+    def predict(self, obs, actions, noise):
         cos, sin, speed = obs.unbind(-1)
         angle, torque = torch.atan2(sin, cos), actions[..., 0].clamp(-2, 2)
         rewards = -(angle.square() + 0.1 * speed.square() + 0.001 * torque.square())
@@ -34,7 +34,7 @@ class Pendulum(nn.Module):
 
 
 def make_agent(args):
-    envs = mbrl_mpc.Envs(args.env, 1, torch.device("cpu"))
+    envs = mbrl_mpc.VecEnv(args.env, 1, torch.device("cpu"))
     return mbrl_mpc.Agent(envs.obs_space, envs.action_space, args)
 
 
@@ -65,7 +65,7 @@ def speed():
         args = mbrl_mpc.Args(env="Pendulum-v1", **changes)
         agent = make_agent(args)
         for num_envs in (1, 4, 20):
-            obs, luck = torch.randn(num_envs, 3), agent.luck()
+            obs, noise = torch.randn(num_envs, 3), agent.sample_noise()
             mean = agent.center.expand(num_envs, args.horizon, -1)
             rows = num_envs * args.population * args.num_particles // args.ensemble_size
             inputs = [torch.randn(args.ensemble_size, rows, x.shape[1])
@@ -77,16 +77,13 @@ def speed():
                         torch.baddbmm(bias, x, weight)
 
             repeats = 2 if rows > 500 else 8
-            plan = seconds(lambda: agent.plan(obs, mean, *luck), repeats)
+            plan = seconds(lambda: agent.plan(obs, mean, *noise), repeats)
             alone = seconds(products, repeats)
             print(f"{name}, {num_envs}: {plan:.4f} {alone:.4f} {alone / plan:.0%}", flush=True)
 
 
 def truth(folder, episodes):
-    saved = mbrl_mpc.load(folder)
-    args = mbrl_mpc.Args(**saved["args"])
-    agent = make_agent(args)
-    agent.load_state_dict(saved["agent"])
+    agent, args = mbrl_mpc.load_agent(folder)
     learned, true = (mbrl_mpc.evaluate(x, args, episodes) for x in (agent, true_agent(args)))
     print(f"learned dynamics {learned.mean():.2f}, true dynamics {true.mean():.2f}, "
           f"{episodes} episodes")

@@ -1,15 +1,15 @@
-"""Train, score and record every figure of the README; print them as a table.
+"""Train, score and record every result; print them as a table.
 
     python tests/benchmark/run.py --quick      all nine scripts on one task each, a few minutes
     python tests/benchmark/run.py              everything that is not recorded yet, many hours
     python tests/benchmark/run.py --only ppo   the rows that contain the word
     python tests/benchmark/run.py --table      train nothing, only read what is recorded
-    python tests/benchmark/run.py --readme     put the table into the README, draw its pictures
+    python tests/benchmark/run.py --readme     write the tables and pictures of both READMEs
 
 One process per core with one torch thread each. Each finished run is a file of results/: its
-command, versions and processor, the returns of its final agent on fresh episodes, and its learning
-curve. Such a run is not run again; one that was interrupted is resumed from its checkpoint in
-runs/benchmark/. To measure a row anew, delete its files."""
+command, versions and processor, the return of its final agent on fresh episodes, and its learning
+curve. It is run again if it is of an earlier VERSION of the scripts; an interrupted run is resumed
+from its checkpoint in runs/benchmark/. To measure a row again, delete its files."""
 import argparse
 import collections
 import concurrent.futures
@@ -34,7 +34,8 @@ RUNS = ROOT / "runs/benchmark"
 
 Row = collections.namedtuple("Row", "script env steps published seeds flags episodes",
                              defaults=[None, range(1, 6), "", 100])
-# `published` is the best return that was found for the algorithm at this number of steps.
+VERSION = 2  # raised when the scripts change in a way that changes what they learn
+# `published` is the best published return that we know for the algorithm at this number of steps.
 ROWS = [
     Row("reinforce", "CartPole-v1", 200_000, 495),
     Row("reinforce", "Acrobot-v1", 500_000),
@@ -77,15 +78,23 @@ ROWS = [
     Row("cem_es", "Swimmer-v5", 2_000_000, 355, flags="--method es"),
     Row("mbrl_mpc", "CartPole-v1", 5_000, 500),
     Row("mbrl_mpc", "Pendulum-v1", 4_000, -160),
+    Row("mbrl_mpc", "Pendulum-v1", 4_000, flags="--planner policy"),
+    Row("mbrl_mpc", "InvertedPendulum-v5", 5_000, flags="--planner policy"),
+    Row("ddpg", "Pendulum-v1", 20_000, flags="--maximizer cem", episodes=500),
+    Row("ddpg", "Pendulum-v1", 20_000, flags="--maximizer random", episodes=500),
 ]
-# Rows whose settings were mended after a look at their own seeds, on seeds that nobody had seen.
+# The two objectives of PPO at equal steps.
+OBJECTIVES = [Row("ppo", env, steps, seeds=range(1, 4), flags=f"--objective {objective}")
+              for env, steps in (("CartPole-v1", 100_000), ("Hopper-v5", 300_000),
+                                 ("HalfCheetah-v5", 300_000)) for objective in ("clip", "kl")]
+# Rows whose settings were changed after a look at their own seeds, on seeds not looked at before.
 FRESH = [row._replace(seeds=range(6, 11)) for row in ROWS if (row.script, row.env) in {
     ("reinforce", "CartPole-v1"), ("reinforce", "InvertedPendulum-v5"), ("a2c", "Pendulum-v1"),
     ("a2c", "HalfCheetah-v5"), ("ppo", "Acrobot-v1"), ("trpo", "CartPole-v1"),
     ("trpo", "Hopper-v5"), ("dqn", "CartPole-v1"), ("dqn", "MountainCar-v0"),
     ("dqn", "Acrobot-v1"), ("naf", "Pendulum-v1"), ("cem_es", "CartPole-v1"),
     ("cem_es", "Swimmer-v5")}]
-# What each option of a script is worth: fewer steps than it needs, one change at a time.
+# What each option of a script is worth: one change at a time, with fewer steps than it needs.
 ABLATIONS = {
     script: [Row(script, "CartPole-v1", steps, flags=option) for option in options]
     for script, steps, options in [
@@ -120,7 +129,7 @@ def train(row, seed, results):
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise RuntimeError(f"{name(row, seed)}: {(done.stderr.strip() or '?').splitlines()[-1]}")
-    score = re.search(r"return (-?[\d.]+) ± ([\d.]+) over", done.stdout.splitlines()[-1])
+    score = re.search(r"return (-?[\d.]+) \+/- ([\d.]+) over", done.stdout.splitlines()[-1])
     with open(folder / "metrics.csv") as file:
         header, *rows = (line.strip().split(",") for line in file)
     columns = [header.index(column) for column in ("step", "seconds", "episode_return")]
@@ -135,7 +144,7 @@ def record(results, row, seed, mean, std, curve):
                         for package in ("numpy", "torch", "gymnasium"))
     thin = curve[:: -(-len(curve) // 100)]
     thin += [curve[-1]] * (thin[-1] != curve[-1])
-    lines = [f"# command: {command(row, seed)}",
+    lines = [f"# command: {command(row, seed)}", f"# version: {VERSION}",
              f"# versions: Python {platform.python_version()} {versions}",
              f"# processor: {processor()}",
              f"# return: {mean} std {std} episodes {row.episodes}", "step,seconds,episode_return",
@@ -163,8 +172,14 @@ def read(row, seed, results=HERE / "results"):
     return float(re.search(r"# return: (\S+)", text)[1]), curve[-1, 1], curve
 
 
+def is_current(row, seed, results=HERE / "results"):
+    """Whether a run is recorded, and of the scripts as they are now."""
+    path = results / f"{name(row, seed)}.csv"
+    return path.exists() and f"# version: {VERSION}\n" in path.read_text()
+
+
 def statistics(returns):
-    """Mean, deviation, interquartile mean, worst and 95 % bootstrap interval over seeds."""
+    """Mean, standard deviation, interquartile mean, worst and 95 % bootstrap interval."""
     returns = np.sort(returns)
     cut = len(returns) // 4
     means = np.random.default_rng(0).choice(returns, (10_000, len(returns))).mean(1)
@@ -190,6 +205,7 @@ def table(rows, results=HERE / "results"):
         seeds = f"{first}–{last}" if 1 < len(runs) == last - first + 1 else ", ".join(
             map(str, runs))
         script = f"`{row.script}.py{' ' * bool(row.flags)}{row.flags}`"
+        script += " †" * (not all(is_current(row, seed, results) for seed in runs))
         seconds = np.mean([run[1] for run in runs.values()])
         lines.append(
             f"| {script} | {row.env} | {row.steps:,} | {seeds} | "
@@ -227,10 +243,47 @@ def solved(path=HERE / "results/solve.csv"):
     return "\n".join(lines).replace("| -", "| −")
 
 
+LADDER = [  # script, what it adds, its equation, the row that the README shows
+    ("reinforce", "policy gradient, reward-to-go, baselines", "∇J = E[∇log π(a, s) · (G − b)]",
+     "CartPole-v1"),
+    ("a2c", "a critic, n-step returns, GAE, parallel workers; A3C", "∇J = E[∇log π(a, s) · Â]",
+     "CartPole-v1"),
+    ("ppo", "several epochs on a batch; clipping or a KL penalty",
+     "max E[min(r Â, clip(r, 1 − ε, 1 + ε) Â)]", "CartPole-v1"),
+    ("trpo", "natural gradient, trust region", "max E[r Â] with KL(old, new) ≤ δ", "Hopper-v5"),
+    ("dqn", "replay, target network; double, dueling, prioritized", "y = r + γ max Q⁻(s′, a)",
+     "CartPole-v1"),
+    ("ddpg", "continuous actions: an actor, or a search, maximizes Q", "max Q(s, μ(s))",
+     "Pendulum-v1"),
+    ("naf", "a Q whose maximum is known", "Q = V − ½ (a − μ)ᵀ P (a − μ)", "Pendulum-v1"),
+    ("cem_es", "cross-entropy method, evolution strategies", "θ ← θ + α E[F(θ + σε) ε] / σ",
+     "CartPole-v1"),
+    ("mbrl_mpc", "a learned model: PETS, MPC, a policy inside the model",
+     "max Σ γᵗ r(s, a), s′ = s + f(s, a)", "Pendulum-v1")]
+
+
+def ladder(results=HERE / "results"):
+    """The first table of the README: a row for each script."""
+    with open(HERE / "results/speed.csv") as file:
+        speed = {row["name"].split()[0]: row for row in list(csv.DictReader(file))[::-1]}
+    lines = ["| script | idea | equation | solves | steps | seconds | return | SB3 |",
+             "|---|---|---|---|---|---|---|---|"]
+    for script, idea, equation, env in LADDER:
+        row = next(row for row in ROWS if (row.script, row.env) == (script, env))
+        runs = [run for seed in row.seeds if (run := read(row, seed, results))]
+        score, seconds = np.mean([run[0] for run in runs]), np.mean([run[1] for run in runs])
+        ratio = f"{float(speed[script]['ratio']):.1f} ×" if speed.get(script, {}).get(
+            "peer") else ""
+        lines.append(f"| `{script}.py` | {idea} | {equation} | {env} | {row.steps:,} | "
+                     f"{seconds:.0f} | {number(score)} | {ratio} |")
+    return "\n".join(lines).replace("| -", "| −")
+
+
 def tables():
-    """Every table that the README shows between <!-- name --> and <!-- end -->."""
+    """Every table, by the name between <!-- name --> and <!-- end --> where it belongs."""
     ablations = {f"ablation of {script}": ablation(rows) for script, rows in ABLATIONS.items()}
-    return dict(results=table(ROWS), fresh=table(FRESH), solved=solved()) | ablations
+    return dict(ladder=ladder(), results=table(ROWS), fresh=table(FRESH), solved=solved(),
+                objectives=table(OBJECTIVES)) | ablations
 
 
 def main():
@@ -239,28 +292,29 @@ def main():
     parser.add_argument("--quick", action="store_true", help="seed 1 of one row of each script")
     parser.add_argument("--only", default="", help="rows whose script, task or flags contain this")
     parser.add_argument("--table", action="store_true", help="train nothing")
-    parser.add_argument("--readme", action="store_true", help="train nothing, rewrite the README")
+    parser.add_argument("--readme", action="store_true", help="train nothing, write the READMEs")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="one per core")
     args = parser.parse_args()
     results = HERE / "results"
     if args.quick:  # always anew
         results = RUNS / "quick"
         shutil.rmtree(results, ignore_errors=True)
-    rows = [row for row in (QUICK if args.quick else sum(ABLATIONS.values(), ROWS + FRESH))
+    rows = [row for row in (QUICK if args.quick else sum(ABLATIONS.values(),
+                                                         ROWS + FRESH + OBJECTIVES))
             if args.only in f"{row.script} {row.env} {row.flags}"]
     jobs = [(row, seed) for row in rows for seed in (row.seeds[:1] if args.quick else row.seeds)
-            if not read(row, seed, results)]
+            if not is_current(row, seed, results)]
     if args.table or args.readme:
         jobs = []
-    failures, began = [], time.time()
+    failures, start = [], time.time()
     with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
-        # The slowest scripts are the last rows; begun last, one would keep a core waiting.
+        # The slowest scripts are the last rows: they start first, so that no core waits for one.
         futures = {pool.submit(train, *job, results): job for job in reversed(jobs)}
         for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
             row, seed = futures[future]
             if future.exception():
                 failures.append(str(future.exception()))
-            left = (time.time() - began) / done * (len(jobs) - done)
+            left = (time.time() - start) / done * (len(jobs) - done)
             score = "failed" if future.exception() else number(read(row, seed, results)[0])
             print(f"{done} of {len(jobs)}: {name(row, seed)} {score}, about {left / 60:.0f} "
                   "minutes left", flush=True)
@@ -268,12 +322,12 @@ def main():
     if args.readme:
         from pictures import draw
         draw()
-        path = ROOT / "README.md"
-        text = path.read_text()
-        for what, lines in tables().items():
-            text = re.sub(f"(?<=<!-- {what} -->\n).*?(?=\n<!-- end -->)", lambda _: lines, text,
-                          count=1, flags=re.DOTALL)
-        path.write_text(text)
+        for path in (ROOT / "README.md", HERE / "README.md"):
+            text = path.read_text()
+            for what, lines in tables().items():
+                text = re.sub(f"(?<=<!-- {what} -->\n).*?(?=<!-- end -->)",
+                              lambda _, lines=lines: lines + "\n", text, count=1, flags=re.DOTALL)
+            path.write_text(text)
     if failures:
         sys.exit("\n".join(failures))
 
