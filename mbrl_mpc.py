@@ -105,6 +105,7 @@ ACTION_SPACES = "Discrete", "Box"
 LOG_VAR_RANGE = -10, 2  # of normalized deltas, whose variance is 1
 MIN_STD_FRACTION = 0.1  # cem's std stays above this fraction of its first std
 ACTOR_PENALTY = 0.01  # on the square of the actor's outputs, or tanh saturates and learning ends
+MAX_GRAD_NORM = 0.5  # of V and the policy: gradients through imagined falls are large
 
 
 # ===================================================================================== Networks
@@ -207,11 +208,15 @@ class Agent(nn.Module):
         rewards = self.model.deltas
         return rewards.mean[-1].hypot(rewards.std[-1]).clamp(min=1e-6) / (1.01 - self.args.gamma)
 
+    def features(self, obs):
+        """Normalized and clamped: V must not extrapolate to imagined states far from all data."""
+        return self.obs_norm(obs).clamp(-3, 3)
+
     def value(self, obs):
-        return self.return_unit() * self.critic(self.obs_norm(obs)).squeeze(-1)
+        return self.return_unit() * self.critic(self.features(obs)).squeeze(-1)
 
     def policy(self, obs):
-        return self.center + self.scale * self.actor(self.obs_norm(obs)).tanh()
+        return self.center + self.scale * self.actor(self.features(obs)).tanh()
 
     def project(self, actions):
         """The nearest actions (..., A) that can be executed: within the bounds, or one-hot."""
@@ -350,10 +355,11 @@ def train(args, resume=""):
     run = Run(args, envs, resume, agent=agent, model_optimizer=model_optimizer,
               optimizer=optimizer, dataset=dataset)
 
-    def step(loss, optimizer, weights):
+    def step(loss, optimizer, weights, max_grad_norm=math.inf):
         weights.grad.zero_()
         loss.backward()
         all_reduce_mean(weights.grad)
+        weights.grad.mul_((max_grad_norm / weights.grad.norm()).clamp(max=1))
         optimizer.step()
 
     def update_model(*batch):
@@ -367,13 +373,13 @@ def train(args, resume=""):
         unit, policy_loss = agent.return_unit(), torch.zeros((), device=device)
         if args.planner == "policy":
             returns = target.rollout_model(obs, lambda t, obs: agent.policy(obs), *noise)
-            penalty = agent.actor(agent.obs_norm(obs)).square().mean()
+            penalty = agent.actor(agent.features(obs)).square().mean()
             policy_loss = -(returns / unit).mean() + ACTOR_PENALTY * penalty                # (7)
         else:
             next_values = torch.where(terminations > 0, 0.0, target.value(next_obs))
             returns = rewards + args.gamma * next_values
         value_loss = ((agent.value(obs) - returns.detach()) / unit).square().mean()    # (6), (7)
-        step(policy_loss + value_loss, optimizer, weights)
+        step(policy_loss + value_loss, optimizer, weights, MAX_GRAD_NORM)
         target_weights.lerp_(weights, args.tau)
         return torch.stack([policy_loss, value_loss]).detach()
 

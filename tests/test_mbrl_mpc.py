@@ -773,14 +773,25 @@ def test_the_loss_of_v_has_no_gradient_for_the_policy(monkeypatch):
 
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (
         gradients.append(self.param_groups[0]["params"][0].grad.clone()), step(self)))
-    for bias in (0, 100):
+    for limit, bias in (math.inf, 0), (math.inf, 100), (0.5, 100):
+        monkeypatch.setattr(mbrl_mpc, "MAX_GRAD_NORM", limit)
         monkeypatch.setattr(Agent, "__init__", init_with(bias))
         agent, _ = train("Pendulum-v1", planner="policy", total_timesteps=64, num_updates=1,
                          terminal_value=False)
     size = len(torch.nn.utils.parameters_to_vector(agent.actor.parameters()))
-    (_, first, _, second) = gradients
+    (_, first, _, second, _, clipped) = gradients
     assert not torch.equal(first[:-size], second[:-size])
     assert torch.equal(first[-size:], second[-size:]) and first[-size:].abs().max() > 0
+    assert second.norm() > 10 and torch.allclose(clipped, second * 0.5 / second.norm())
+
+
+def test_v_and_the_policy_do_not_extrapolate_beyond_the_data():
+    agent = make_agent(3, planner="policy")
+    far = torch.full((1, 3), 1e6)
+    agent.obs_norm.fit(torch.randn(1000, 3))
+    edge = agent.obs_norm.mean + 3 * agent.obs_norm.std
+    for function in agent.value, agent.policy:
+        assert torch.allclose(function(far), function(edge.expand(1, 3)), atol=1e-5)
 
 
 def test_the_penalty_pulls_the_outputs_of_the_actor_to_0(monkeypatch):

@@ -1,12 +1,14 @@
 """Speed beside Stable-Baselines3 and sb3-contrib: the same settings, in turn, on the same cores.
 
     python tests/benchmark/compare.py --peer-python PATH_TO_A_PYTHON_THAT_HAS_THEM
+    python tests/benchmark/compare.py --peer-python PATH --sbx    SBX, their JAX version, instead
 
 Steps per second are counted over the last three quarters of a run, so that neither side pays for
-imports or has yet to begin to learn, and the median of all pairs is reported, as other programs may
-disturb one. `--only WORD` takes the settings whose name contains the word; `--solve` measures
-seconds of training to a policy that solves the task instead, the peer with the settings that
-rl-baselines3-zoo tuned for it. Results go to results/speed.csv and results/solve.csv."""
+imports and compiling or has yet to begin to learn; `startup` is the time before that, less what its
+steps would take at this speed. The median of all pairs is reported, as other programs may disturb
+one. `--only WORD` takes the settings whose name contains the word; `--solve` measures seconds of
+training to a policy that solves the task instead, the peer with the settings that rl-baselines3-zoo
+tuned for it. Results go to results/speed.csv and results/solve.csv."""
 import argparse
 import csv
 import json
@@ -89,7 +91,8 @@ history = module.train(module.Args(**args))[1]
 first = next(row for row in history if row["step"] >= steps / 4)
 last = history[-1]
 sys.stdout = sys.__stdout__
-print((last["step"] - first["step"]) / (last["seconds"] - first["seconds"]))
+speed = (last["step"] - first["step"]) / (last["seconds"] - first["seconds"])
+print(speed, first["seconds"] - first["step"] / speed)
 """
 
 PEER = """
@@ -97,7 +100,11 @@ import json, sys, time
 import torch
 torch.set_num_threads(1)
 env, num_envs, steps, name, settings, seed, episodes = json.loads(sys.argv[1])
-import gymnasium, stable_baselines3 as sb3
+import gymnasium
+if name.startswith("sbx."):
+    import sbx as library
+else:
+    import stable_baselines3 as library
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 try:
@@ -126,7 +133,7 @@ class Clock(BaseCallback):
     def _on_step(self):
         return True
 
-peer = getattr(sb3, name, None) or getattr(sb3_contrib, name)
+peer = getattr(library, name.removeprefix("sbx."), None) or getattr(sb3_contrib, name)
 envs = make_vec_env(env, n_envs=num_envs, seed=seed)
 model = peer("MlpPolicy", envs, device="cpu", seed=seed, **settings)
 clock, began = Clock(), time.perf_counter()
@@ -139,7 +146,8 @@ if episodes:
 else:
     first = next(x for x in clock.times if x[0] >= steps / 4)
     last = clock.times[-1]
-    print((last[0] - first[0]) / (last[1] - first[1]))
+    speed = (last[0] - first[0]) / (last[1] - first[1])
+    print(speed, first[1] - began - first[0] / speed)
 """
 
 BARE = """
@@ -156,7 +164,7 @@ for repeat in range(2):  # the first warms up
         for action in actions:
             envs.step(action)
         steps += 100 * num_envs
-print(steps / (time.perf_counter() - began))
+print(steps / (time.perf_counter() - began), 0)
 """
 
 
@@ -170,23 +178,28 @@ def run(python, code, *what):
     return [float(x) for x in done.stdout.splitlines()[-1].split()]
 
 
-def speed(peer, only, pairs):
+def speed(peer, only, pairs, sbx):
     for name, (script, env, num_envs, steps, ours, peer_name, theirs) in SPEED.items():
-        if only not in name:
+        if only not in name or sbx and peer_name not in ("PPO", "DQN", "DDPG"):
             continue
+        if sbx:
+            name, peer_name = f"{name} (SBX)", f"sbx.{peer_name}"
         measured = []
         for pair in range(pairs):
-            (a,) = run(sys.executable, OURS, script, env, num_envs, steps, ours)
-            (b,) = (run(peer, PEER, env, num_envs, steps, peer_name, theirs, 1, 0) if peer_name
-                    else run(sys.executable, BARE, env, num_envs))
-            measured.append((a, b, a / b))
+            a, startup = run(sys.executable, OURS, script, env, num_envs, steps, ours)
+            b, peer_startup = (
+                run(peer, PEER, env, num_envs, steps, peer_name, theirs, 1, 0) if peer_name
+                else run(sys.executable, BARE, env, num_envs))
+            measured.append((a, b, a / b, startup, peer_startup))
             print(f"{name}: {a:,.0f} against {b:,.0f} steps/s, {a / b:.2f} times", flush=True)
-        (bare,) = run(sys.executable, BARE, env, num_envs)
-        (a, b, ratio), ratios = np.median(measured, 0), [x[-1] for x in measured]
+        bare, _ = run(sys.executable, BARE, env, num_envs)
+        a, b, ratio, startup, peer_startup = np.median(measured, 0)
+        ratios = [x[2] for x in measured]
         print(f"{name}: {ratio:.2f} times, {min(ratios):.2f} to {max(ratios):.2f}; "
               f"environments alone {bare:,.0f} steps/s", flush=True)
         yield dict(name=name, peer=peer_name, ratio=ratio, low=min(ratios), high=max(ratios),
-                   pairs=pairs, ours=a, theirs=b, environments_alone=bare)
+                   pairs=pairs, ours=a, theirs=b, environments_alone=bare, startup=startup,
+                   peer_startup=peer_startup)
 
 
 def solve(peer, only, seeds):
@@ -221,25 +234,28 @@ def main():
     parser.add_argument("--only", default="", help="settings whose name contains this")
     parser.add_argument("--pairs", type=int, default=4, help="how often each side runs (4)")
     parser.add_argument("--solve", action="store_true", help="seconds to solve instead of speed")
+    parser.add_argument("--sbx", action="store_true", help="SBX instead of Stable-Baselines3")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     args = parser.parse_args()
     try:
-        subprocess.run([args.peer_python, "-c", "import stable_baselines3, sb3_contrib"],
+        packages = "stable_baselines3, " + ("sbx" if args.sbx else "sb3_contrib")
+        subprocess.run([args.peer_python, "-c", f"import {packages}"],
                        check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        sys.exit(f"{args.peer_python} is no python with stable-baselines3 and sb3-contrib: "
-                 "pip install both in a virtual environment of their own")
+        sys.exit(f"{args.peer_python} cannot import {packages}: pip install stable-baselines3 "
+                 "sb3-contrib sbx-rl in a virtual environment of their own")
     path = HERE / "results" / ("solve.csv" if args.solve else "speed.csv")
     path.parent.mkdir(exist_ok=True)
     old = list(csv.DictReader(path.open())) if path.exists() else []
     rows = solve(args.peer_python, args.only, args.seeds) if args.solve else speed(
-        args.peer_python, args.only, args.pairs)
+        args.peer_python, args.only, args.pairs, args.sbx)
     for row in rows:
         key = row["name"], str(row.get("seed"))
         old = [x for x in old if (x["name"], str(x.get("seed"))) != key]
         old.append({k: f"{x:.4g}" if isinstance(x, float) else x for k, x in row.items()})
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, old[0])
+            columns = dict.fromkeys(key for row in old for key in row)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader(), writer.writerows(old)
 
 

@@ -78,15 +78,21 @@ ROWS = [
     Row("cem_es", "Swimmer-v5", 2_000_000, 355, flags="--method es"),
     Row("mbrl_mpc", "CartPole-v1", 5_000, 500),
     Row("mbrl_mpc", "Pendulum-v1", 4_000, -160),
-    Row("mbrl_mpc", "Pendulum-v1", 4_000, flags="--planner policy"),
-    Row("mbrl_mpc", "InvertedPendulum-v5", 5_000, flags="--planner policy"),
-    Row("ddpg", "Pendulum-v1", 20_000, flags="--maximizer cem", episodes=500),
-    Row("ddpg", "Pendulum-v1", 20_000, flags="--maximizer random", episodes=500),
+    Row("mbrl_mpc", "Pendulum-v1", 4_000, -160, range(1, 11), "--planner policy"),
+    Row("mbrl_mpc", "InvertedPendulum-v5", 5_000, 1000, flags="--planner policy"),
 ]
-# The two objectives of PPO at equal steps.
-OBJECTIVES = [Row("ppo", env, steps, seeds=range(1, 4), flags=f"--objective {objective}")
+# PPO at equal steps with clipping, with the KL penalty, and with neither.
+OBJECTIVES = [Row("ppo", env, steps, seeds=range(1, 4), flags=flags)
               for env, steps in (("CartPole-v1", 100_000), ("Hopper-v5", 300_000),
-                                 ("HalfCheetah-v5", 300_000)) for objective in ("clip", "kl")]
+                                 ("HalfCheetah-v5", 300_000))
+              for flags in ("--objective clip", "--objective kl", "--clip-coef 1000")]
+# DDPG with each of its maximizers; policies inside the model with each horizon (the preset has 8).
+MAXIMIZERS = [Row("ddpg", "Pendulum-v1", 20_000, flags=f"--maximizer {maximizer}", episodes=500)
+              for maximizer in ("actor", "random", "cem")] + [
+    Row("ddpg", "InvertedPendulum-v5", 20_000, seeds=range(1, 4), flags=f"--maximizer {maximizer}")
+    for maximizer in ("actor", "cem")]
+HORIZONS = [Row("mbrl_mpc", "Pendulum-v1", 4_000, seeds=range(1, 4),
+                flags=f"--planner policy --horizon {horizon}") for horizon in (3, 8, 20)]
 # Rows whose settings were changed after a look at their own seeds, on seeds not looked at before.
 FRESH = [row._replace(seeds=range(6, 11)) for row in ROWS if (row.script, row.env) in {
     ("reinforce", "CartPole-v1"), ("reinforce", "InvertedPendulum-v5"), ("a2c", "Pendulum-v1"),
@@ -283,7 +289,8 @@ def tables():
     """Every table, by the name between <!-- name --> and <!-- end --> where it belongs."""
     ablations = {f"ablation of {script}": ablation(rows) for script, rows in ABLATIONS.items()}
     return dict(ladder=ladder(), results=table(ROWS), fresh=table(FRESH), solved=solved(),
-                objectives=table(OBJECTIVES)) | ablations
+                objectives=table(OBJECTIVES), maximizers=table(MAXIMIZERS),
+                horizons=table(HORIZONS)) | ablations
 
 
 def main():
@@ -299,8 +306,8 @@ def main():
     if args.quick:  # always anew
         results = RUNS / "quick"
         shutil.rmtree(results, ignore_errors=True)
-    rows = [row for row in (QUICK if args.quick else sum(ABLATIONS.values(),
-                                                         ROWS + FRESH + OBJECTIVES))
+    everything = sum(ABLATIONS.values(), ROWS + FRESH + OBJECTIVES + MAXIMIZERS + HORIZONS)
+    rows = [row for row in (QUICK if args.quick else everything)
             if args.only in f"{row.script} {row.env} {row.flags}"]
     jobs = [(row, seed) for row in rows for seed in (row.seeds[:1] if args.quick else row.seeds)
             if not is_current(row, seed, results)]

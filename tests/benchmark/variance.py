@@ -36,7 +36,7 @@ def episodes(agent, envs):
 
 def gradient(agent, baseline, obs, actions, returns):
     """The gradient (3) of the actor's weights, one vector."""
-    log_probs, _, values = agent.evaluate(obs, actions)
+    log_probs, _, values = agent.evaluate_actions(obs, actions)
     b = {"none": 0, "mean": returns.mean(), "value": values.detach()}[baseline]
     loss = -(log_probs * (returns - b)).mean()
     return torch.cat([x.flatten() for x in torch.autograd.grad(loss, agent.actor.parameters())])
@@ -49,7 +49,7 @@ def main():
             args = reinforce.Args(env="CartPole-v1", seed=seed, total_timesteps=steps,
                                   baseline="value", anneal=False, device="cpu")
             agent, history = reinforce.train(args)
-            envs = reinforce.Envs(args.env, 8, torch.device("cpu"))
+            envs = reinforce.VecEnv(args.env, 8, torch.device("cpu"))
             batches = [episodes(agent, envs) for _ in range(40)]
             variances = [torch.stack([gradient(agent, baseline, *batch) for batch in batches])
                          .var(0).sum().item() for baseline in BASELINES]
