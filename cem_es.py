@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Policy search without gradients: the cross-entropy method (CEM) and evolution strategies (ES).
 
-A population of policies is drawn around a mean. Each plays one episode, and its return, the
-fitness, is all that is used of it. CEM fits mean and sigma to the best policies. ES moves the mean
-along an estimate of the gradient of the expected fitness.
+A population of policies is drawn around a mean. Each plays one episode; only its return, the
+fitness, is used. CEM fits mean and sigma to the best policies. ES moves the mean along an estimate
+of the gradient of the expected fitness.
 
 (1)  samples = mean + sigma * noise, with noise ~ N(0, 1) for each parameter
 (2)  CEM: mean = E[elites]
@@ -43,7 +43,7 @@ def arg(default, help, low=-3e38, high=3e38):
     return field(default=default, metadata=dict(help=help, limits=[low, high]))
 
 
-@dataclass
+@dataclass(init=False)
 class Args:
     # The run: the same in every script.
     env: str = arg("CartPole-v1", "environment id; module:Id imports the module first")
@@ -62,7 +62,7 @@ class Args:
     hidden_size: int = arg(0, "units in each of the two hidden layers; 0: a linear policy", 0)
     norm_obs: bool = arg(True, "normalize observations by running statistics")
     init_sigma: float = arg(0.5, "cem: initial standard deviation of each parameter", 1e-8)
-    elite_fraction: float = arg(0.2, "cem: part of the population that are elites", 0, 1)
+    elite_fraction: float = arg(0.2, "cem: fraction of the population that is elite", 0, 1)
     extra_noise: float = arg(1e-3, "cem: added to the variance (2), lowered linearly to 0", 0)
     min_sigma: float = arg(1e-3, "cem: lower bound of sigma (2)", 0)
     es_sigma: float = arg(0.05, "es: standard deviation of each parameter", 1e-8)
@@ -76,9 +76,10 @@ class Args:
 PRESETS = {  # settings that are known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, elite_fraction=0.3, extra_noise=1.0, es_sigma=0.5,
                         learning_rate=0.1, weight_decay=0.3),
-    "InvertedPendulum-v5": dict(total_timesteps=100_000, es_sigma=0.1, learning_rate=0.05),
+    "InvertedPendulum-v5": dict(method="es", total_timesteps=100_000, es_sigma=0.1,
+                                learning_rate=0.05),
     "HalfCheetah-v5": dict(population=16, elite_fraction=0.3, init_sigma=0.05, min_sigma=0.02),
-    "Swimmer-v5": dict(total_timesteps=2_000_000, norm_obs=False, es_sigma=0.1)}
+    "Swimmer-v5": dict(method="es", total_timesteps=2_000_000, norm_obs=False, es_sigma=0.1)}
 ACTION_SPACES = "Discrete", "Box"
 
 
@@ -132,7 +133,7 @@ class Agent(nn.Module):
             _, _, self.center, self.scale = map(nn.Buffer, box_bounds(action_space))
 
     def features(self, obs):
-        """Vectors as they are, images (N, C, H, W) as the means of 8 by 8 blocks (N, C * 64)."""
+        """Vectors as they are, images (N, C, H, W) as the means of a grid of 8 by 8 blocks."""
         return F.adaptive_avg_pool2d(obs / 255, 8).flatten(1) if obs.dim() == 4 else obs
 
     def layers(self, weights):
@@ -158,7 +159,7 @@ class Agent(nn.Module):
 class OneEpisode(gym.Wrapper):
     """After its episode, the environment waits until it is reset with a seed.
 
-    A vector environment would otherwise start another episode, which nobody asked for."""
+    Otherwise the vector environment would start another episode, whose steps would be wasted."""
 
     def reset(self, *, seed=None, options=None):
         self.playing = seed is not None
@@ -181,7 +182,7 @@ def cem(samples, fitness, num_elites, extra_noise, min_sigma):
     fitness, indices = worst_if_nan(fitness).topk(num_elites)
     elites = samples[indices[fitness > -math.inf]]
     variance = elites.var(0, correction=0)  # 0 if there is only one
-    return elites.mean(0), (variance + extra_noise).sqrt().clamp(min=min_sigma)
+    return elites.mean(0), (variance + extra_noise).sqrt().clamp(min=min_sigma)             # (2)
 
 
 def centered_ranks(fitness):
@@ -194,7 +195,7 @@ def centered_ranks(fitness):
 
 def es_gradient(utilities, noise, sigma):
     """E[utilities * noise] / sigma (D,): the gradient of the expected utility by the mean (3)."""
-    return utilities @ noise / len(noise) / sigma
+    return utilities @ noise / len(noise) / sigma                                           # (3)
 
 
 def train(args, resume=""):
@@ -209,11 +210,9 @@ def train(args, resume=""):
     envs = VecEnv(args.env, num_envs, device, [time_limit, OneEpisode])
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     mean = agent.weights.detach()  # shares memory with the weights
-    optimizer = torch.optim.Adam(  # only es uses it
-        [agent.weights], torch.tensor(args.learning_rate, device=device), maximize=True, fused=True,
-        capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam([agent.weights], args.learning_rate, maximize=True, fused=True)
     run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
-    optimizer.param_groups[0]["lr"].fill_(args.learning_rate)  # which a resumed run may change
+    optimizer.param_groups[0]["lr"] = args.learning_rate  # resume loads the old one
     act = cuda_graph(agent.policies, device)
 
     @torch.inference_mode()
@@ -238,9 +237,9 @@ def train(args, resume=""):
         remaining = 1 - run.step / args.total_timesteps
         sigma = agent.sigma if args.method == "cem" else torch.full_like(mean, args.es_sigma)
         rng = np.random.default_rng([args.seed, run.step])  # draws the same in all processes
-        draws = population if args.method == "cem" else args.pairs
-        noise = torch.from_numpy(rng.standard_normal((draws, len(mean)), np.float32)).to(device)
-        seeds = torch.from_numpy(rng.integers(2**31, size=draws))
+        num_draws = population if args.method == "cem" else args.pairs
+        noise = torch.from_numpy(rng.standard_normal((num_draws, len(mean)), np.float32)).to(device)
+        seeds = torch.from_numpy(rng.integers(2**31, size=num_draws))
         if args.method == "es":  # antithetic pairs, which play the same episode
             noise, seeds = torch.cat([noise, -noise]), torch.cat([seeds, seeds])
         samples = mean + sigma * noise                                                      # (1)
@@ -251,8 +250,7 @@ def train(args, resume=""):
         if WORLD_SIZE > 1:  # a member's row is 0 in all processes but the one that played it
             torch.distributed.all_reduce(episodes)
         envs.episodes = [(i, *episode) for i, episode in enumerate(episodes.tolist())]
-        returns, lengths = episodes.unbind(1)
-        fitness = returns.float()
+        fitness, lengths = episodes.unbind(1)
         run.step += int(lengths.sum())
 
         if args.method == "cem":
@@ -277,7 +275,7 @@ def train(args, resume=""):
 NAME = pathlib.Path(globals().get("__file__", "notebook.py")).stem
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
-OPENED = []  # environments and writers that clean_up closes
+OPENED = []  # environments and writers, for clean_up to close
 
 
 class UserError(ValueError):
@@ -298,7 +296,7 @@ def apply_settings(args, given):
             if new in (choices or [new]) if kind is str else low <= new == float(value) <= high:
                 setattr(args, f.name, new)
                 continue
-        limits = f" from {low:g} to {high:g}" * (kind in (int, float))
+        limits = f" >= {low:g}" * (low > -3e38) + f" and <= {high:g}" * (high < 3e38)
         wanted = " or ".join(choices) or kind.__name__ + limits
         raise UserError(f"{f.name} is {value}, but must be {wanted}")
 
@@ -396,6 +394,7 @@ def box_bounds(space):
 def make_env(env_id, wrappers=(), **kwargs):
     """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
+    OPENED.append(env)  # now, as a wrapper may fail
     if "ALE/" in env_id:
         env = gym.wrappers.AtariPreprocessing(env)
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
@@ -410,6 +409,10 @@ def make_env(env_id, wrappers=(), **kwargs):
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """gymnasium's in SAME_STEP mode, twice as fast: it gathers no infos but `final_obs`."""
 
+    def reset(self, seed):
+        seeds = seed if isinstance(seed, list) else range(seed, seed + self.num_envs)
+        return [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], {}
+
     def step(self, actions):
         results, final_obs = [], {}
         for i, (env, action) in enumerate(zip(self.envs, actions)):
@@ -418,7 +421,8 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 final_obs[i] = np.array(obs)
                 obs, _ = env.reset()
             results.append((obs, float(reward), bool(termination), bool(truncation)))
-        return *map(np.array, zip(*results)), dict(final_obs=final_obs)
+        obs, *columns = zip(*results)
+        return obs, *map(np.array, columns), dict(final_obs=final_obs)
 
 
 class VecEnv:
@@ -429,8 +433,8 @@ class VecEnv:
     (environment, return, length) of the episodes that end."""
 
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
-        if "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
-            gym.register_envs(__import__("ale_py"))
+        if "ALE/" in env_id:  # or ale_py:ALE/Pong-v5
+            import ale_py  # registers them
         if "ALE/" in env_id and not kwargs and not wrappers:  # in C++ threads
             self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
                                      reward_clipping=False, autoreset_mode="SameStep")
@@ -445,19 +449,20 @@ class VecEnv:
         kind = type(actions).__name__
         if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
             raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
-                            f"{actions}; ppo takes Discrete and Box actions")
+                            f"{actions}; ppo takes Discrete and floating-point Box actions")
         self.action_space, self.shape = actions, space.shape
         self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
 
-    @np.errstate(over="ignore")  # what overflows is infinite then, and refused as such
+    @np.errstate(over="ignore")  # an overflow becomes inf, which to_tensor refuses
     def to_array(self, obs):
         """Check the shape of observations; return vectors (N, size) or images (N, C, H, W)."""
+        for shape in map(np.shape, obs):
+            if shape != self.shape:
+                raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
+                                f"{shape}")
         array = np.array(obs, np.uint8 if self.image else np.float32)
-        if array.shape[1:] != self.shape:
-            raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
-                            f"{array.shape[1:]}")
         if self.image:
             return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
         return array.reshape(len(array), -1)
@@ -468,7 +473,7 @@ class VecEnv:
         return torch.from_numpy(array).to(self.device)
 
     def reset(self, seed):
-        """Begin an episode everywhere, in environment i with seed + i or, of a list, seed[i]."""
+        """Begin an episode everywhere; environment i gets seed + i, or seed[i] of a list."""
         self.obs = self.to_tensor(self.to_array(self.envs.reset(seed=seed)[0]))
         self.episode_starts = torch.ones(len(self.obs), device=self.device)
         self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes so far
@@ -493,7 +498,7 @@ class VecEnv:
         if dones.any():
             array = array.copy()
             for i in dones.nonzero()[0].tolist():
-                array[i] = self.to_array(infos["final_obs"][i][None])
+                array[i] = self.to_array([infos["final_obs"][i]])
                 self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
             next_obs = self.to_tensor(array, ~terminations)  # what follows those does not count
@@ -538,10 +543,11 @@ class Run:
         self.saved_step = self.saved_time = -math.inf
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not resume and (self.folder / "checkpoint.pt").exists():
+            exists = os.path.exists(self.folder / "checkpoint.pt")
+            if exists and not (resume and self.folder.samefile(resume)):
                 raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
-            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+            with self.file("args.json") as path:
+                path.write_text(json.dumps(asdict(args), indent=2))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
@@ -552,38 +558,45 @@ class Run:
         # A resumed run begins new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
+    @contextlib.contextmanager
+    def file(self, name):
+        """A path to write to, renamed in the end, so that a kill cannot leave half a file."""
+        path, part = self.folder / name, self.folder / f"{name}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch.save does not say why it failed
+            raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+
     @classmethod
     def request_stop(cls, number, frame):
         cls.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
-        """To be called once an iteration: save when it is time to, stop if asked to."""
+        """Call once per iteration: save if a checkpoint is due, stop if a signal asked for it."""
         stop = torch.tensor(float(Run.stop_signal), device=self.envs.device)
         all_reduce_mean(stop)  # all processes stop as soon as one is asked to
         if stop:
             self.finish()
-            print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
+            if self.folder:
+                print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
             raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
         every = self.args.checkpoint_every
         if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
             self.save()
 
     def save(self):
-        """Write checkpoint.pt: renamed in the end, so that a kill cannot leave half of it."""
         self.saved_step, self.saved_time = self.step, time.time()
         state = {name: module.state_dict() for name, module in self.modules.items()}
         if not all(value.isfinite().all() for value in state["agent"].values()):
             raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            path, part = self.folder / "checkpoint.pt", self.folder / "checkpoint.part"
             state |= dict(args=asdict(self.args), step=self.step, history=self.history,
                           recent=list(self.recent), seconds=time.time() - self.start_time)
-            try:
-                torch.save(state, part)
-                os.replace(part, path)
-            except (OSError, RuntimeError) as error:  # torch does not say why it failed
-                raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+            with self.file("checkpoint.pt") as path:
+                torch.save(state, path)
 
     def log(self, **metrics):
         """At most 200 times a run, add a row of metrics to the history and print the progress."""
@@ -600,7 +613,7 @@ class Run:
                                         episode_return=score, episode_length=length) | metrics)
         if self.folder:
             columns = dict.fromkeys(name for row in self.history for name in row)
-            with open(self.folder / "metrics.csv", "w") as file:
+            with self.file("metrics.csv") as path, open(path, "w") as file:
                 table = csv.DictWriter(file, columns, lineterminator="\n")
                 table.writeheader(), table.writerows(self.history)
         for name, value in row.items() if self.writer else ():
@@ -610,7 +623,8 @@ class Run:
             score = f"return {score:.1f}" if self.recent else "no episode has ended yet"
             line = (f"step {self.step:,} of {total:,} ({self.step / total:.0%}): {score}, "
                     f"{speed:,.0f} steps/s, {max(0, total - self.step) / speed:.0f} s left")
-            print(f"{line:<99}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            in_place = sys.stdout.isatty() and self.step < total  # the last line stays
+            print(line, end="\033[K\r" if in_place else "\n", flush=True)
 
     def finish(self):
         """Save, and draw the learning curve."""
@@ -620,13 +634,13 @@ class Run:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            print("learning_curve.png needs matplotlib", file=sys.stderr)
-            return
+            return print("learning_curve.png needs matplotlib", file=sys.stderr)
         axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        axes.figure.savefig(self.folder / "learning_curve.png")
+        with self.file("learning_curve.png") as path:
+            axes.figure.savefig(path, format="png")
 
 
 @clean_up()
@@ -647,7 +661,7 @@ def evaluate(agent, args, episodes=100, **kwargs):
     torch.set_num_threads(args.threads)
     returns, steps = [[] for _ in range(min(episodes, 20))], 0
     envs = VecEnv(args.env, len(returns), next(agent.parameters()).device, **kwargs)
-    envs.reset(seed_everything(args.seed, 0, 0, 1))  # a longer key than those of training
+    envs.reset(seed_everything(args.seed, 0, 0, 1))  # training has keys of 1 and 3: other episodes
     while (done := min(map(len, returns)) * len(returns)) < episodes:
         if hasattr(agent, "reset"):  # a planner forgets its plans where an episode starts
             agent.reset(envs.episode_starts)
@@ -675,19 +689,16 @@ def parse_args():
     parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
     parser.add_argument("--video", default=False, action="store_true", help="film an episode")
     parser.add_argument("--render", default=False, action="store_true", help="show an episode")
-    names = {f.name for f in fields(Args)}
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
                             help=f"{f.metadata['help']} ({f.default})")
     todo = parser.parse_args()
-    given = {name: vars(todo).pop(name) for name in names & vars(todo).keys()}
-    if "resume" in todo:
-        names -= {"run_dir"}
-    if "evaluate" in todo:
-        names = {"env", "seed", "device", "threads"}
-    if useless := given.keys() - names:
-        parser.error(f"{min(useless)} has no effect here")
+    given = {f.name: vars(todo).pop(f.name) for f in fields(Args) if f.name in todo}
+    for name in given:
+        if "resume" in todo and name == "run_dir" or "evaluate" in todo and name not in (
+                "env", "seed", "device", "threads"):
+            parser.error(f"{name} has no effect here")
     if todo.episodes < 1:
         parser.error("episodes is at least 1")
     return todo, given
@@ -711,7 +722,7 @@ def main():
             agent, history = train(args, folder or "")
             step, seconds = history[-1]["step"], history[-1]["seconds"]
             trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
-        if torch.distributed.is_initialized():
+        if WORLD_SIZE > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if RANK == 0:
             returns = evaluate(agent, args, todo.episodes)
@@ -723,7 +734,7 @@ def main():
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
             if todo.render:
                 evaluate(agent, args, 1, render_mode="human")
-    except (UserError, FloatingPointError, ImportError, OSError, gym.error.Error) as error:
+    except (UserError, FloatingPointError, ImportError, gym.error.Error, BrokenPipeError) as error:
         print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Exception as error:  # of the environment, as a rule: its author needs the traceback

@@ -10,9 +10,10 @@ critic learn from a replay buffer, with targets from slow copies of themselves.
 (3)  actor_loss = -E[Q(obs, mu(obs))], as a function of the weights of mu only
 (4)  target_weights = target_weights + tau * (weights - target_weights)
 (5)  noise = (1 - theta) * noise + sigma * N(0, 1), with theta = 1 for Gaussian noise
-(6)  or, with --maximizer cem, no actor: mu(obs) = argmax_a Q(obs, a) by search. It first tries
-     actions ~ Uniform(-1, 1), then actions ~ clip(mean + std * N(0, 1), -1, 1), with the mean and
-     the std + 0.01 of the elites, the best actions so far; --maximizer random stops after the first
+(6)  or, with --maximizer cem, no actor: mu(obs) = argmax_a Q(obs, a) by search. First actions ~
+     Uniform(-1, 1), then actions ~ clip(mean + std * N(0, 1), -1, 1) with mean = E[elites] and
+     std = Std[elites] + 0.01, the elites being the best actions so far; --maximizer random stops
+     after the first
 
     repeat
         add train_every steps with the actions mu(obs) + noise (5) to the replay buffer
@@ -45,7 +46,7 @@ def arg(default, help, low=-3e38, high=3e38):
     return field(default=default, metadata=dict(help=help, limits=[low, high]))
 
 
-@dataclass
+@dataclass(init=False)
 class Args:
     # The run: the same in every script.
     env: str = arg("Pendulum-v1", "environment id; module:Id imports the module first")
@@ -57,7 +58,7 @@ class Args:
     run_dir: str = arg("", "folder of the run; default: a new one in runs/, from Python none")
     checkpoint_every: int = arg(0, "steps between checkpoints; 0: one a minute", 0)
     # The algorithm.
-    buffer_size: int = arg(1_000_000, "transitions in the replay buffer", 1)
+    buffer_size: int = arg(1_000_000, "transitions in the replay buffer", 1, 2**53)
     batch_size: int = arg(256, "transitions in an update", 1)
     learning_starts: int = arg(10_000, "steps of random actions before learning", 0)
     train_every: int = arg(1, "steps of each environment between rounds of updates", 1)
@@ -115,7 +116,7 @@ class Agent(nn.Module):
         self.low, self.high, self.center, self.scale = map(nn.Buffer, box_bounds(action_space))
         if not ((self.high - self.low).isfinite() & (self.high > self.low)).all():
             raise UserError(f"{NAME} needs actions with finite bounds, low < high, but "
-                            f"{args.env} has {action_space}; ppo takes these, too")
+                            f"{args.env} has {action_space}; ppo takes unbounded actions")
         if len(obs_space.shape) == 3:
             self.encoder, size = NatureCNN(obs_space.shape), 512
         else:
@@ -123,7 +124,8 @@ class Agent(nn.Module):
         dim, hidden = len(self.low), [args.hidden_size, args.hidden_size]
         if args.maximizer == "actor":
             self.actor = mlp(size, *hidden, dim)
-        self.critic, self.args = mlp(size + dim, *hidden, 1), args
+        self.critic = mlp(size + dim, *hidden, 1)
+        self.args = args
 
     def mu(self, features, deterministic=False):
         """The actions (N, action_dim) that should maximize Q."""
@@ -171,7 +173,8 @@ class ReplayBuffer:
             self.data = [torch.zeros(self.rows, num_envs, *shape, dtype=dtype, device=device)
                          for shape, dtype in (obs, action, obs, number, number)]
         except RuntimeError as error:
-            raise UserError(f"buffer_size {size:,} does not fit into memory: {error}") from error
+            raise UserError(f"buffer_size is {size:,}, which does not fit into the memory of "
+                            f"{device}: pass a smaller --buffer-size") from error
 
     def add(self, *transition):
         """Replace the oldest row by (obs, actions, next_obs, rewards, terminations)."""
@@ -186,7 +189,7 @@ class ReplayBuffer:
         return [x.flatten(0, 1)[indices] for x in self.data]
 
     def state_dict(self):
-        filled = min(self.count, self.rows)  # a copy: torch.save writes all of a view
+        filled = min(self.count, self.rows)  # by numpy, as torch.save writes all rows of a view
         return dict(count=self.count,
                     data=[torch.from_numpy(x[:filled].numpy(force=True)) for x in self.data])
 
@@ -202,7 +205,7 @@ class ReplayBuffer:
 # ==================================================================================== Algorithm
 def td_target(rewards, next_values, terminations, gamma):
     """The target (1); every tensor is (B,)."""
-    next_values = torch.where(terminations > 0, 0.0, next_values)  # even if it is NaN
+    next_values = torch.where(terminations > 0, 0.0, next_values)  # not a product: 0 * NaN is NaN
     return rewards + gamma * next_values
 
 
@@ -221,10 +224,10 @@ def cem(q, shape, population, elites, iterations, device=None, generator=None):
     for _ in range(iterations - 1):
         values, best = values.topk(elites, 1)
         actions = actions.take_along_dim(best.unsqueeze(-1), 1)  # the elites, kept
-        mean = actions.mean(1, keepdim=True)
+        mean = actions.mean(1, keepdim=True)                                                # (6)
         std = actions.std(1, correction=0, keepdim=True) + 0.01
         draws = torch.empty_like(draws).normal_(generator=generator)
-        samples = (mean + std * draws).clamp(-1, 1)                                         # (6)
+        samples = (mean + std * draws).clamp(-1, 1)
         actions = torch.cat([actions, samples], 1)
         values = torch.cat([values, score(samples)], 1)
     values, best = values.max(1, keepdim=True)
@@ -243,8 +246,10 @@ def train(args, resume=""):
         raise UserError(f"learning_starts is {args.learning_starts:,}, but total_timesteps is "
                         f"{args.total_timesteps:,}: pass --learning-starts "
                         f"{args.total_timesteps // 10}")
-    if args.buffer_size < max(args.batch_size, args.num_envs):
-        raise UserError(f"buffer_size is {args.buffer_size:,}, less than batch_size or num_envs")
+    min_buffer_size = max(args.batch_size, args.num_envs)
+    if args.buffer_size < min_buffer_size:
+        raise UserError(f"buffer_size is {args.buffer_size:,}, less than batch_size or num_envs: "
+                        f"pass --buffer-size {min_buffer_size}")
     if args.maximizer == "cem" and args.elites > args.population:
         raise UserError(f"elites is {args.elites}, more than the population {args.population}")
     device = setup(args)
@@ -252,14 +257,13 @@ def train(args, resume=""):
     agent, target = (Agent(envs.obs_space, envs.action_space, args).to(device) for _ in range(2))
     weights, target_weights = flatten_parameters(agent), flatten_parameters(target)
     target_weights.copy_(weights)
-    # On a GPU, graphs read the learning rate from a tensor.
-    optimizer = torch.optim.Adam([weights], torch.tensor(args.learning_rate, device=device),
-                                 fused=True, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam([weights], args.learning_rate, fused=True,
+                                 capturable=device.type == "cuda")
     buffer = ReplayBuffer(
         args.buffer_size, args.num_envs, envs.obs_space, envs.action_space, device)
     # Each process fills a buffer. A checkpoint holds that of the first, and all resume with it.
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
-    optimizer.param_groups[0]["lr"].fill_(args.learning_rate)  # resume loads the old one
+    optimizer.param_groups[0]["lr"] = args.learning_rate  # resume loads the old one
     noise = torch.zeros(args.num_envs, len(agent.low), device=device)
 
     @torch.inference_mode()
@@ -321,7 +325,7 @@ def train(args, resume=""):
 NAME = pathlib.Path(globals().get("__file__", "notebook.py")).stem
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
-OPENED = []  # environments and writers that clean_up closes
+OPENED = []  # environments and writers, for clean_up to close
 
 
 class UserError(ValueError):
@@ -342,7 +346,7 @@ def apply_settings(args, given):
             if new in (choices or [new]) if kind is str else low <= new == float(value) <= high:
                 setattr(args, f.name, new)
                 continue
-        limits = f" from {low:g} to {high:g}" * (kind in (int, float))
+        limits = f" >= {low:g}" * (low > -3e38) + f" and <= {high:g}" * (high < 3e38)
         wanted = " or ".join(choices) or kind.__name__ + limits
         raise UserError(f"{f.name} is {value}, but must be {wanted}")
 
@@ -440,6 +444,7 @@ def box_bounds(space):
 def make_env(env_id, wrappers=(), **kwargs):
     """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
+    OPENED.append(env)  # now, as a wrapper may fail
     if "ALE/" in env_id:
         env = gym.wrappers.AtariPreprocessing(env)
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
@@ -454,6 +459,10 @@ def make_env(env_id, wrappers=(), **kwargs):
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """gymnasium's in SAME_STEP mode, twice as fast: it gathers no infos but `final_obs`."""
 
+    def reset(self, seed):
+        seeds = seed if isinstance(seed, list) else range(seed, seed + self.num_envs)
+        return [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], {}
+
     def step(self, actions):
         results, final_obs = [], {}
         for i, (env, action) in enumerate(zip(self.envs, actions)):
@@ -462,7 +471,8 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 final_obs[i] = np.array(obs)
                 obs, _ = env.reset()
             results.append((obs, float(reward), bool(termination), bool(truncation)))
-        return *map(np.array, zip(*results)), dict(final_obs=final_obs)
+        obs, *columns = zip(*results)
+        return obs, *map(np.array, columns), dict(final_obs=final_obs)
 
 
 class VecEnv:
@@ -473,8 +483,8 @@ class VecEnv:
     (environment, return, length) of the episodes that end."""
 
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
-        if "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
-            gym.register_envs(__import__("ale_py"))
+        if "ALE/" in env_id:  # or ale_py:ALE/Pong-v5
+            import ale_py  # registers them
         if "ALE/" in env_id and not kwargs and not wrappers:  # in C++ threads
             self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
                                      reward_clipping=False, autoreset_mode="SameStep")
@@ -489,19 +499,20 @@ class VecEnv:
         kind = type(actions).__name__
         if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
             raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
-                            f"{actions}; ppo takes Discrete and Box actions")
+                            f"{actions}; ppo takes Discrete and floating-point Box actions")
         self.action_space, self.shape = actions, space.shape
         self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
 
-    @np.errstate(over="ignore")  # what overflows is infinite then, and refused as such
+    @np.errstate(over="ignore")  # an overflow becomes inf, which to_tensor refuses
     def to_array(self, obs):
         """Check the shape of observations; return vectors (N, size) or images (N, C, H, W)."""
+        for shape in map(np.shape, obs):
+            if shape != self.shape:
+                raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
+                                f"{shape}")
         array = np.array(obs, np.uint8 if self.image else np.float32)
-        if array.shape[1:] != self.shape:
-            raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
-                            f"{array.shape[1:]}")
         if self.image:
             return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
         return array.reshape(len(array), -1)
@@ -512,7 +523,7 @@ class VecEnv:
         return torch.from_numpy(array).to(self.device)
 
     def reset(self, seed):
-        """Begin an episode everywhere, in environment i with seed + i or, of a list, seed[i]."""
+        """Begin an episode everywhere; environment i gets seed + i, or seed[i] of a list."""
         self.obs = self.to_tensor(self.to_array(self.envs.reset(seed=seed)[0]))
         self.episode_starts = torch.ones(len(self.obs), device=self.device)
         self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes so far
@@ -537,7 +548,7 @@ class VecEnv:
         if dones.any():
             array = array.copy()
             for i in dones.nonzero()[0].tolist():
-                array[i] = self.to_array(infos["final_obs"][i][None])
+                array[i] = self.to_array([infos["final_obs"][i]])
                 self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
             next_obs = self.to_tensor(array, ~terminations)  # what follows those does not count
@@ -582,10 +593,11 @@ class Run:
         self.saved_step = self.saved_time = -math.inf
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not resume and (self.folder / "checkpoint.pt").exists():
+            exists = os.path.exists(self.folder / "checkpoint.pt")
+            if exists and not (resume and self.folder.samefile(resume)):
                 raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
-            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+            with self.file("args.json") as path:
+                path.write_text(json.dumps(asdict(args), indent=2))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
@@ -596,38 +608,45 @@ class Run:
         # A resumed run begins new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
+    @contextlib.contextmanager
+    def file(self, name):
+        """A path to write to, renamed in the end, so that a kill cannot leave half a file."""
+        path, part = self.folder / name, self.folder / f"{name}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch.save does not say why it failed
+            raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+
     @classmethod
     def request_stop(cls, number, frame):
         cls.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
-        """To be called once an iteration: save when it is time to, stop if asked to."""
+        """Call once per iteration: save if a checkpoint is due, stop if a signal asked for it."""
         stop = torch.tensor(float(Run.stop_signal), device=self.envs.device)
         all_reduce_mean(stop)  # all processes stop as soon as one is asked to
         if stop:
             self.finish()
-            print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
+            if self.folder:
+                print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
             raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
         every = self.args.checkpoint_every
         if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
             self.save()
 
     def save(self):
-        """Write checkpoint.pt: renamed in the end, so that a kill cannot leave half of it."""
         self.saved_step, self.saved_time = self.step, time.time()
         state = {name: module.state_dict() for name, module in self.modules.items()}
         if not all(value.isfinite().all() for value in state["agent"].values()):
             raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            path, part = self.folder / "checkpoint.pt", self.folder / "checkpoint.part"
             state |= dict(args=asdict(self.args), step=self.step, history=self.history,
                           recent=list(self.recent), seconds=time.time() - self.start_time)
-            try:
-                torch.save(state, part)
-                os.replace(part, path)
-            except (OSError, RuntimeError) as error:  # torch does not say why it failed
-                raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+            with self.file("checkpoint.pt") as path:
+                torch.save(state, path)
 
     def log(self, **metrics):
         """At most 200 times a run, add a row of metrics to the history and print the progress."""
@@ -644,7 +663,7 @@ class Run:
                                         episode_return=score, episode_length=length) | metrics)
         if self.folder:
             columns = dict.fromkeys(name for row in self.history for name in row)
-            with open(self.folder / "metrics.csv", "w") as file:
+            with self.file("metrics.csv") as path, open(path, "w") as file:
                 table = csv.DictWriter(file, columns, lineterminator="\n")
                 table.writeheader(), table.writerows(self.history)
         for name, value in row.items() if self.writer else ():
@@ -654,7 +673,8 @@ class Run:
             score = f"return {score:.1f}" if self.recent else "no episode has ended yet"
             line = (f"step {self.step:,} of {total:,} ({self.step / total:.0%}): {score}, "
                     f"{speed:,.0f} steps/s, {max(0, total - self.step) / speed:.0f} s left")
-            print(f"{line:<99}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            in_place = sys.stdout.isatty() and self.step < total  # the last line stays
+            print(line, end="\033[K\r" if in_place else "\n", flush=True)
 
     def finish(self):
         """Save, and draw the learning curve."""
@@ -664,13 +684,13 @@ class Run:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            print("learning_curve.png needs matplotlib", file=sys.stderr)
-            return
+            return print("learning_curve.png needs matplotlib", file=sys.stderr)
         axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        axes.figure.savefig(self.folder / "learning_curve.png")
+        with self.file("learning_curve.png") as path:
+            axes.figure.savefig(path, format="png")
 
 
 @clean_up()
@@ -691,7 +711,7 @@ def evaluate(agent, args, episodes=100, **kwargs):
     torch.set_num_threads(args.threads)
     returns, steps = [[] for _ in range(min(episodes, 20))], 0
     envs = VecEnv(args.env, len(returns), next(agent.parameters()).device, **kwargs)
-    envs.reset(seed_everything(args.seed, 0, 0, 1))  # a longer key than those of training
+    envs.reset(seed_everything(args.seed, 0, 0, 1))  # training has keys of 1 and 3: other episodes
     while (done := min(map(len, returns)) * len(returns)) < episodes:
         if hasattr(agent, "reset"):  # a planner forgets its plans where an episode starts
             agent.reset(envs.episode_starts)
@@ -719,19 +739,16 @@ def parse_args():
     parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
     parser.add_argument("--video", default=False, action="store_true", help="film an episode")
     parser.add_argument("--render", default=False, action="store_true", help="show an episode")
-    names = {f.name for f in fields(Args)}
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
                             help=f"{f.metadata['help']} ({f.default})")
     todo = parser.parse_args()
-    given = {name: vars(todo).pop(name) for name in names & vars(todo).keys()}
-    if "resume" in todo:
-        names -= {"run_dir"}
-    if "evaluate" in todo:
-        names = {"env", "seed", "device", "threads"}
-    if useless := given.keys() - names:
-        parser.error(f"{min(useless)} has no effect here")
+    given = {f.name: vars(todo).pop(f.name) for f in fields(Args) if f.name in todo}
+    for name in given:
+        if "resume" in todo and name == "run_dir" or "evaluate" in todo and name not in (
+                "env", "seed", "device", "threads"):
+            parser.error(f"{name} has no effect here")
     if todo.episodes < 1:
         parser.error("episodes is at least 1")
     return todo, given
@@ -755,7 +772,7 @@ def main():
             agent, history = train(args, folder or "")
             step, seconds = history[-1]["step"], history[-1]["seconds"]
             trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
-        if torch.distributed.is_initialized():
+        if WORLD_SIZE > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if RANK == 0:
             returns = evaluate(agent, args, todo.episodes)
@@ -767,7 +784,7 @@ def main():
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
             if todo.render:
                 evaluate(agent, args, 1, render_mode="human")
-    except (UserError, FloatingPointError, ImportError, OSError, gym.error.Error) as error:
+    except (UserError, FloatingPointError, ImportError, gym.error.Error, BrokenPipeError) as error:
         print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Exception as error:  # of the environment, as a rule: its author needs the traceback

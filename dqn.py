@@ -6,8 +6,8 @@ the discounted highest Q of next_obs, so Q can learn from its own predictions. D
 transitions from a replay buffer, with next values of a target network, a slowly changing copy.
 
 (1)  td_target = sum_{k < n} gamma^k * rewards[t + k] + gamma^n * (1 - terminations) * next_values,
-     with terminations and next_values of step t + n - 1; n is n_step, or fewer steps if the episode
-     or what is collected of it ends before
+     with terminations and next_values of step t + n - 1; n is n_step, or less where the episode or
+     the buffer ends first
 (2)  next_values = target_Q(next_obs, argmax_a Q(next_obs, a)), the target of double DQN;
      or, with --no-double, target_Q(next_obs, argmax_a target_Q(next_obs, a))
 (3)  loss = E[importance * huber(Q(obs, actions) - td_target)]
@@ -16,8 +16,9 @@ transitions from a replay buffer, with next values of a target network, a slowly
 (5)  actions = argmax_a Q(obs, a), but uniformly random with probability epsilon; or, with
      --exploration boltzmann, samples of softmax(Q(obs, .) / temperature)
 (6)  P(i) = 1 / N and importance = 1 for all N transitions in the buffer; or, with --prioritized,
-     P(i) = priorities[i] / sum_j priorities[j] with priorities = (|td_errors| + 1e-6)^alpha, and
-     importance = (N * P(i))^-beta / (its maximum in the batch)
+     P(i) = priorities[i] / sum_j priorities[j] with priorities = (|td_errors| + 1e-6)^alpha, where
+     td_errors = Q(obs, actions) - td_target, and importance = (N * P(i))^-beta / (its maximum in
+     the batch)
 (7)  with --dueling: Q(obs, a) = V(obs) + A(obs, a) - mean_a A(obs, a)
 
     repeat
@@ -28,9 +29,10 @@ transitions from a replay buffer, with next values of a target network, a slowly
 
 Mnih et al. 2015, Nature 518; double DQN: arXiv:1509.06461; dueling: arXiv:1511.06581; prioritized:
 arXiv:1511.05952; n-step: arXiv:1710.02298. Differences: the learning rate of Adam falls linearly to
-0 (--no-anneal keeps it), V and A share all layers but the last, and rewards are not clipped.
-epsilon or temperature falls linearly, beta rises linearly to 1. A time limit (truncation)
-bootstraps from max_a Q(next_obs, a); only a termination does not.
+0 (--no-anneal keeps it), V and A share all layers but the last, and rewards are not clipped. The
+first learning_starts steps are uniformly random; epsilon or temperature falls linearly, beta rises
+linearly to 1. A time limit (truncation) bootstraps from max_a Q(next_obs, a); only a termination
+does not.
 
     python dqn.py --env Acrobot-v1
 """
@@ -50,7 +52,7 @@ def arg(default, help, low=-3e38, high=3e38):
     return field(default=default, metadata=dict(help=help, limits=[low, high]))
 
 
-@dataclass
+@dataclass(init=False)
 class Args:
     # The run: the same in every script.
     env: str = arg("CartPole-v1", "environment id; module:Id imports the module first")
@@ -141,13 +143,15 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.dueling, self.boltzmann = args.dueling, args.exploration == "boltzmann"
-        self.temperature, self.num_actions = nn.Buffer(torch.ones(())), int(action_space.n)
+        self.temperature = nn.Buffer(torch.ones(()))
+        self.num_actions = int(action_space.n)
         if len(obs_space.shape) == 3:
             encoder, sizes = [NatureCNN(obs_space.shape)], [512]
         else:
             encoder = [Scale(obs_space)] if args.scale_obs else []
             sizes = [obs_space.shape[0], args.hidden_size, args.hidden_size]
-        self.q_network = nn.Sequential(*encoder, *mlp(*sizes, self.num_actions + self.dueling))
+        outputs = self.num_actions + (1 if args.dueling else 0)  # A, or Q, and V
+        self.q_network = nn.Sequential(*encoder, *mlp(*sizes, outputs))
 
     def q_values(self, obs):
         """Q(obs, .) (..., num_actions) for obs (..., *shape)."""
@@ -164,15 +168,15 @@ class Agent(nn.Module):
         if self.boltzmann and not deterministic:
             # The argmax with Gumbel noise is a sample of the softmax.
             noise = -torch.empty_like(q_values).exponential_().log()
-            q_values = q_values / self.temperature + noise
+            q_values = q_values / self.temperature + noise                                  # (5)
         return q_values.argmax(-1)
 
 
 class ReplayBuffer:
     """The last `size` transitions, as tensors (rows, num_envs, ...); new rows replace the oldest.
 
-    `flat` views them as (rows * num_envs, ...). There the next step of a transition is num_envs
-    further, unless `episode_starts` says that another episode begins."""
+    `flat` views them as (rows * num_envs, ...). There the next step of the same environment is
+    num_envs indices further; it is of the same episode unless its `episode_starts` is 1."""
 
     def __init__(self, size, num_envs, obs_space, device):
         self.rows, self.num_envs, self.count = size // num_envs, num_envs, 0  # count: rows added
@@ -204,7 +208,7 @@ class ReplayBuffer:
         # The row after the newest is empty or the oldest: it does not continue the newest.
         self.data["episode_starts"][self.count % self.rows] = 1
         if beta is None:
-            indices = torch.randint(filled, (batch_size,), device=obs.device)
+            indices = torch.randint(filled, (batch_size,), device=obs.device)               # (6)
             importance = torch.ones(batch_size, device=obs.device)
         else:
             indices, importance = draw_prioritized(priorities[:filled], batch_size, beta)
@@ -277,10 +281,12 @@ def train(args, resume=""):
         raise UserError(f"learning_starts is {args.learning_starts:,}, but total_timesteps is "
                         f"{args.total_timesteps:,}: pass --learning-starts "
                         f"{args.total_timesteps // 10}")
-    least = max(args.batch_size, args.num_envs * args.train_every)
-    if args.buffer_size < least:
-        raise UserError(f"buffer_size is {args.buffer_size:,}, but batch_size and the steps "
-                        f"between updates need {least:,}: pass --buffer-size {least}")
+    min_buffer_size = max(args.batch_size, args.num_envs * args.train_every)
+    if args.buffer_size < min_buffer_size:
+        raise UserError(f"buffer_size is {args.buffer_size:,}, less than batch_size or the steps "
+                        f"between updates: pass --buffer-size {min_buffer_size}")
+    if args.exploration == "epsilon" and max(args.exploration_start, args.exploration_end) > 1:
+        raise UserError("epsilon is a probability: set --exploration-start and -end from 0 to 1")
     device = setup(args)
     envs = VecEnv(args.env, args.num_envs, device)
     agent, target = (Agent(envs.obs_space, envs.action_space, args).to(device) for _ in range(2))
@@ -318,9 +324,8 @@ def train(args, resume=""):
         progress = run.step / args.total_timesteps
         optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - progress * args.anneal))
         beta = args.beta + (1 - args.beta) * progress if args.prioritized else None
-        explored = min(progress / args.exploration_fraction, 1)
-        exploration = args.exploration_start + explored * (
-            args.exploration_end - args.exploration_start)
+        decay = min(progress / args.exploration_fraction, 1)
+        exploration = (1 - decay) * args.exploration_start + decay * args.exploration_end
         epsilon = 0 if agent.boltzmann else exploration
         if run.step < args.learning_starts:
             epsilon = 1
@@ -330,10 +335,10 @@ def train(args, resume=""):
         # Drawing the random numbers of all steps at once saves 15 us a step.
         shape, rollout = (args.train_every, args.num_envs), []
         random_actions = torch.randint(agent.num_actions, shape, device=device)
-        explores = torch.rand(shape, device=device) < epsilon
-        for explore, random_action in zip(explores, random_actions):
+        is_random = torch.rand(shape, device=device) < epsilon
+        for t in range(args.train_every):
             obs, episode_starts = envs.obs, envs.episode_starts
-            actions = torch.where(explore, random_action, act(obs))                         # (5)
+            actions = torch.where(is_random[t], random_actions[t], act(obs))                # (5)
             next_obs, rewards, terminations, _ = envs.step(actions)
             rollout.append((obs, episode_starts, actions, next_obs, rewards, terminations))
         buffer.add(*(torch.stack(x) for x in zip(*rollout)))
@@ -360,7 +365,7 @@ def train(args, resume=""):
 NAME = pathlib.Path(globals().get("__file__", "notebook.py")).stem
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
-OPENED = []  # environments and writers that clean_up closes
+OPENED = []  # environments and writers, for clean_up to close
 
 
 class UserError(ValueError):
@@ -381,7 +386,7 @@ def apply_settings(args, given):
             if new in (choices or [new]) if kind is str else low <= new == float(value) <= high:
                 setattr(args, f.name, new)
                 continue
-        limits = f" from {low:g} to {high:g}" * (kind in (int, float))
+        limits = f" >= {low:g}" * (low > -3e38) + f" and <= {high:g}" * (high < 3e38)
         wanted = " or ".join(choices) or kind.__name__ + limits
         raise UserError(f"{f.name} is {value}, but must be {wanted}")
 
@@ -479,6 +484,7 @@ def box_bounds(space):
 def make_env(env_id, wrappers=(), **kwargs):
     """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
+    OPENED.append(env)  # now, as a wrapper may fail
     if "ALE/" in env_id:
         env = gym.wrappers.AtariPreprocessing(env)
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
@@ -493,6 +499,10 @@ def make_env(env_id, wrappers=(), **kwargs):
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """gymnasium's in SAME_STEP mode, twice as fast: it gathers no infos but `final_obs`."""
 
+    def reset(self, seed):
+        seeds = seed if isinstance(seed, list) else range(seed, seed + self.num_envs)
+        return [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], {}
+
     def step(self, actions):
         results, final_obs = [], {}
         for i, (env, action) in enumerate(zip(self.envs, actions)):
@@ -501,7 +511,8 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 final_obs[i] = np.array(obs)
                 obs, _ = env.reset()
             results.append((obs, float(reward), bool(termination), bool(truncation)))
-        return *map(np.array, zip(*results)), dict(final_obs=final_obs)
+        obs, *columns = zip(*results)
+        return obs, *map(np.array, columns), dict(final_obs=final_obs)
 
 
 class VecEnv:
@@ -512,8 +523,8 @@ class VecEnv:
     (environment, return, length) of the episodes that end."""
 
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
-        if "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
-            gym.register_envs(__import__("ale_py"))
+        if "ALE/" in env_id:  # or ale_py:ALE/Pong-v5
+            import ale_py  # registers them
         if "ALE/" in env_id and not kwargs and not wrappers:  # in C++ threads
             self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
                                      reward_clipping=False, autoreset_mode="SameStep")
@@ -528,19 +539,20 @@ class VecEnv:
         kind = type(actions).__name__
         if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
             raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
-                            f"{actions}; ppo takes Discrete and Box actions")
+                            f"{actions}; ppo takes Discrete and floating-point Box actions")
         self.action_space, self.shape = actions, space.shape
         self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
 
-    @np.errstate(over="ignore")  # what overflows is infinite then, and refused as such
+    @np.errstate(over="ignore")  # an overflow becomes inf, which to_tensor refuses
     def to_array(self, obs):
         """Check the shape of observations; return vectors (N, size) or images (N, C, H, W)."""
+        for shape in map(np.shape, obs):
+            if shape != self.shape:
+                raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
+                                f"{shape}")
         array = np.array(obs, np.uint8 if self.image else np.float32)
-        if array.shape[1:] != self.shape:
-            raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
-                            f"{array.shape[1:]}")
         if self.image:
             return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
         return array.reshape(len(array), -1)
@@ -551,7 +563,7 @@ class VecEnv:
         return torch.from_numpy(array).to(self.device)
 
     def reset(self, seed):
-        """Begin an episode everywhere, in environment i with seed + i or, of a list, seed[i]."""
+        """Begin an episode everywhere; environment i gets seed + i, or seed[i] of a list."""
         self.obs = self.to_tensor(self.to_array(self.envs.reset(seed=seed)[0]))
         self.episode_starts = torch.ones(len(self.obs), device=self.device)
         self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes so far
@@ -576,7 +588,7 @@ class VecEnv:
         if dones.any():
             array = array.copy()
             for i in dones.nonzero()[0].tolist():
-                array[i] = self.to_array(infos["final_obs"][i][None])
+                array[i] = self.to_array([infos["final_obs"][i]])
                 self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
             next_obs = self.to_tensor(array, ~terminations)  # what follows those does not count
@@ -621,10 +633,11 @@ class Run:
         self.saved_step = self.saved_time = -math.inf
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not resume and (self.folder / "checkpoint.pt").exists():
+            exists = os.path.exists(self.folder / "checkpoint.pt")
+            if exists and not (resume and self.folder.samefile(resume)):
                 raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
-            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+            with self.file("args.json") as path:
+                path.write_text(json.dumps(asdict(args), indent=2))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
@@ -635,38 +648,45 @@ class Run:
         # A resumed run begins new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
+    @contextlib.contextmanager
+    def file(self, name):
+        """A path to write to, renamed in the end, so that a kill cannot leave half a file."""
+        path, part = self.folder / name, self.folder / f"{name}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch.save does not say why it failed
+            raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+
     @classmethod
     def request_stop(cls, number, frame):
         cls.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
-        """To be called once an iteration: save when it is time to, stop if asked to."""
+        """Call once per iteration: save if a checkpoint is due, stop if a signal asked for it."""
         stop = torch.tensor(float(Run.stop_signal), device=self.envs.device)
         all_reduce_mean(stop)  # all processes stop as soon as one is asked to
         if stop:
             self.finish()
-            print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
+            if self.folder:
+                print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
             raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
         every = self.args.checkpoint_every
         if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
             self.save()
 
     def save(self):
-        """Write checkpoint.pt: renamed in the end, so that a kill cannot leave half of it."""
         self.saved_step, self.saved_time = self.step, time.time()
         state = {name: module.state_dict() for name, module in self.modules.items()}
         if not all(value.isfinite().all() for value in state["agent"].values()):
             raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            path, part = self.folder / "checkpoint.pt", self.folder / "checkpoint.part"
             state |= dict(args=asdict(self.args), step=self.step, history=self.history,
                           recent=list(self.recent), seconds=time.time() - self.start_time)
-            try:
-                torch.save(state, part)
-                os.replace(part, path)
-            except (OSError, RuntimeError) as error:  # torch does not say why it failed
-                raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+            with self.file("checkpoint.pt") as path:
+                torch.save(state, path)
 
     def log(self, **metrics):
         """At most 200 times a run, add a row of metrics to the history and print the progress."""
@@ -683,7 +703,7 @@ class Run:
                                         episode_return=score, episode_length=length) | metrics)
         if self.folder:
             columns = dict.fromkeys(name for row in self.history for name in row)
-            with open(self.folder / "metrics.csv", "w") as file:
+            with self.file("metrics.csv") as path, open(path, "w") as file:
                 table = csv.DictWriter(file, columns, lineterminator="\n")
                 table.writeheader(), table.writerows(self.history)
         for name, value in row.items() if self.writer else ():
@@ -693,7 +713,8 @@ class Run:
             score = f"return {score:.1f}" if self.recent else "no episode has ended yet"
             line = (f"step {self.step:,} of {total:,} ({self.step / total:.0%}): {score}, "
                     f"{speed:,.0f} steps/s, {max(0, total - self.step) / speed:.0f} s left")
-            print(f"{line:<99}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            in_place = sys.stdout.isatty() and self.step < total  # the last line stays
+            print(line, end="\033[K\r" if in_place else "\n", flush=True)
 
     def finish(self):
         """Save, and draw the learning curve."""
@@ -703,13 +724,13 @@ class Run:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            print("learning_curve.png needs matplotlib", file=sys.stderr)
-            return
+            return print("learning_curve.png needs matplotlib", file=sys.stderr)
         axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        axes.figure.savefig(self.folder / "learning_curve.png")
+        with self.file("learning_curve.png") as path:
+            axes.figure.savefig(path, format="png")
 
 
 @clean_up()
@@ -730,7 +751,7 @@ def evaluate(agent, args, episodes=100, **kwargs):
     torch.set_num_threads(args.threads)
     returns, steps = [[] for _ in range(min(episodes, 20))], 0
     envs = VecEnv(args.env, len(returns), next(agent.parameters()).device, **kwargs)
-    envs.reset(seed_everything(args.seed, 0, 0, 1))  # a longer key than those of training
+    envs.reset(seed_everything(args.seed, 0, 0, 1))  # training has keys of 1 and 3: other episodes
     while (done := min(map(len, returns)) * len(returns)) < episodes:
         if hasattr(agent, "reset"):  # a planner forgets its plans where an episode starts
             agent.reset(envs.episode_starts)
@@ -758,19 +779,16 @@ def parse_args():
     parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
     parser.add_argument("--video", default=False, action="store_true", help="film an episode")
     parser.add_argument("--render", default=False, action="store_true", help="show an episode")
-    names = {f.name for f in fields(Args)}
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
                             help=f"{f.metadata['help']} ({f.default})")
     todo = parser.parse_args()
-    given = {name: vars(todo).pop(name) for name in names & vars(todo).keys()}
-    if "resume" in todo:
-        names -= {"run_dir"}
-    if "evaluate" in todo:
-        names = {"env", "seed", "device", "threads"}
-    if useless := given.keys() - names:
-        parser.error(f"{min(useless)} has no effect here")
+    given = {f.name: vars(todo).pop(f.name) for f in fields(Args) if f.name in todo}
+    for name in given:
+        if "resume" in todo and name == "run_dir" or "evaluate" in todo and name not in (
+                "env", "seed", "device", "threads"):
+            parser.error(f"{name} has no effect here")
     if todo.episodes < 1:
         parser.error("episodes is at least 1")
     return todo, given
@@ -794,7 +812,7 @@ def main():
             agent, history = train(args, folder or "")
             step, seconds = history[-1]["step"], history[-1]["seconds"]
             trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
-        if torch.distributed.is_initialized():
+        if WORLD_SIZE > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if RANK == 0:
             returns = evaluate(agent, args, todo.episodes)
@@ -806,7 +824,7 @@ def main():
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
             if todo.render:
                 evaluate(agent, args, 1, render_mode="human")
-    except (UserError, FloatingPointError, ImportError, OSError, gym.error.Error) as error:
+    except (UserError, FloatingPointError, ImportError, gym.error.Error, BrokenPipeError) as error:
         print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Exception as error:  # of the environment, as a rule: its author needs the traceback

@@ -1,36 +1,42 @@
 # SPDX-License-Identifier: MIT
 """Model-based RL: learn a model of the environment, then plan with it or train a policy in it.
 
-An ensemble of networks learns to predict what an action leads to. The agent searches for the best
-plan by the cross-entropy method (CEM), executes its first action and plans again: model-predictive
-control (MPC). Or it trains a policy by backpropagation through the model. Returns are means over
-particles, which follow different members of the ensemble: where data are few, these disagree.
+An ensemble of networks learns to predict the next observation, the reward and the end of the
+episode. The agent searches for the best plan by the cross-entropy method (CEM), executes its first
+action and plans again: model-predictive control (MPC). Or it trains a policy by backpropagation
+through the model. Returns are averaged over particles that follow different members of the
+ensemble; the members disagree where data are scarce.
 
-(1)  member e predicts (next_obs - obs, rewards) ~ Normal(mean_e, exp(log_var_e / 2)) and
-     P(termination) = sigmoid(logit_e), all of them functions of (obs, actions)
+(1)  member e predicts delta ~ Normal(mean_e, exp(log_var_e / 2)), where delta is (next_obs - obs,
+     rewards), normalized, and P(termination) = sigmoid(logit_e), all functions of (obs, actions)
 (2)  model_loss = E[w * ((delta - mean)^2 / exp(log_var) + log_var) / 2 - log P(terminations)]
-     with delta = (next_obs - obs, rewards), normalized, and w = exp(log_var), detached, without
-     which what is predicted well takes most of the gradient (beta-NLL, arXiv:2203.09168)
-(3)  next_obs = obs + mean_e + exp(log_var_e / 2) * noise; a particle follows another random
-     member e at every step (ts1) or the same one throughout (tsinf)
+     with w = exp(log_var), detached: without it, what is predicted well takes most of the gradient
+     (beta-NLL with beta = 1, arXiv:2203.09168)
+(3)  next_obs = obs + delta with delta = mean_e + exp(log_var_e / 2) * noise, no longer normalized;
+     the reward has no noise. A particle follows a new random member e at every step (ts1) or the
+     same one throughout (tsinf)
 (4)  returns = sum over t < horizon of gamma^t * alive[t] * rewards[t], plus, with terminal_value,
      gamma^horizon * alive[horizon] * V(obs[horizon]); alive[t+1] = alive[t] * (1 - P(termination))
-(5)  cem: plans ~ Normal(mean, std), then mean, std = those of the elites, the best plans
-(6)  value_loss = E[(V(obs) - rewards - gamma * (1 - terminations) * target_V(next_obs))^2]
+(5)  cem: plans = mean + std * noise within the bounds, the noise correlated over time; then mean
+     and std become those of the elites, the best plans. random: the best of uniform plans
+(6)  value_loss = E[(V(obs) - rewards - gamma * (1 - terminations) * target_V(next_obs))^2]; at the
+     start of each round target_V is a copy of V, then target_V = target_V + tau * (V - target_V)
 (7)  policy: policy_loss = -E[returns of policy(obs)] + ACTOR_PENALTY * E[actor(obs)^2] and
-     value_loss = E[(V(obs) - returns)^2]; all returns and V in (6, 7) are divided by return_unit
+     value_loss = E[(V(obs) - returns)^2], where (4) ends with target_V; all returns and V in (6)
+     and (7) are divided by return_unit
 
     repeat
         take num_steps steps of each environment: improve the plans in `rounds` rounds of (5) and
             execute their first actions, or execute policy(obs) + noise
-        take num_updates Adam steps on (2); each member has its own bootstrap of all data
+        take num_updates Adam steps on (2); each member draws a new bootstrap of all data
         take num_updates Adam steps on (7) with a policy, or on (6) with terminal_value
 
-Levine's CS 285 has these versions: 0.5 plans with a model of random data (--learning-starts and
---total-timesteps equal), 1.0 adds the data of its plans but follows each for long (--replan-every
-10), 1.5 replans at every step (with an ensemble: PETS, Chua et al. 2018, arXiv:1805.12114), 2.0 is
---planner policy (SVG, Heess et al. 2015, arXiv:1510.09142, with Dreamer's V, arXiv:1912.01603).
-A time limit (truncation) bootstraps from V(next_obs); only a termination does not.
+Levine's CS 285 has these versions: 0.5 plans with a model of random data only (--learning-starts
+and --total-timesteps equal); 1.0 also learns from the data that its plans collect, but follows each
+plan for many steps (--replan-every 10); 1.5 plans again at every step (with an ensemble: PETS, Chua
+et al. 2018, arXiv:1805.12114); 2.0 is --planner policy (SVG, Heess et al. 2015, arXiv:1510.09142,
+with Dreamer's V, arXiv:1912.01603). A time limit (truncation) bootstraps from V(next_obs); only a
+termination does not.
 
     python mbrl_mpc.py --env Pendulum-v1 --planner policy
 """
@@ -50,7 +56,7 @@ def arg(default, help, low=-3e38, high=3e38):
     return field(default=default, metadata=dict(help=help, limits=[low, high]))
 
 
-@dataclass
+@dataclass(init=False)
 class Args:
     # The run: the same in every script.
     env: str = arg("CartPole-v1", "environment id; module:Id imports the module first")
@@ -76,7 +82,7 @@ class Args:
     gamma: float = arg(0.99, "discount factor", 0, 1)
     terminal_value: bool = arg(False, "add the value of the last imagined state (4)")
     tau: float = arg(0.1, "step of target_V towards V after each update", 0, 1)
-    sigma: float = arg(0.5, "std of cem's first plans and of policy noise, over half the range", 0)
+    sigma: float = arg(0.5, "std of cem's first plans and of policy noise; 1: half the range", 0)
     replan_every: int = arg(1, "steps that a plan is followed", 1)
     population: int = arg(200, "plans in a round of cem, or random plans", 1)
     elites: int = arg(20, "best plans of a round of cem", 1)
@@ -104,8 +110,8 @@ POLICY_PRESETS = {  # of --planner policy; they beat PRESETS, and POLICY holds e
 ACTION_SPACES = "Discrete", "Box"
 LOG_VAR_RANGE = -10, 2  # of normalized deltas, whose variance is 1
 MIN_STD_FRACTION = 0.1  # cem's std stays above this fraction of its first std
-ACTOR_PENALTY = 0.01  # on the square of the actor's outputs, or tanh saturates and learning ends
-MAX_GRAD_NORM = 0.5  # of V and the policy: gradients through imagined falls are large
+ACTOR_PENALTY = 0.01  # keeps the actor's outputs small: a saturated tanh leaves no gradient
+MAX_GRAD_NORM = 0.5  # of V and the policy: gradients through imagined terminations can be huge
 
 
 # ===================================================================================== Networks
@@ -120,7 +126,8 @@ class Normalizer(nn.Module):
         all_reduce_mean(mean := x.mean(0))
         all_reduce_mean(variance := (x - mean).square().mean(0))
         self.mean.copy_(mean)
-        self.std.copy_(variance.sqrt() * (variance.sqrt() > 1e-6 * mean.abs()))  # less is rounding
+        std = variance.sqrt()
+        self.std.copy_(std * (std > 1e-6 * mean.abs()))  # less is rounding error
 
     def forward(self, x):
         return (x - self.mean) / torch.where(self.std > 0, self.std, 1.0)
@@ -148,14 +155,14 @@ class Model(nn.Module):
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias, F.silu(x, inplace=not x.requires_grad) if i else x, weight)
         size, (low, high) = len(self.deltas.mean), LOG_VAR_RANGE
-        mean, log_var, logit = x.split([size, size, 1], -1)
+        mean, log_var, logit = x.split([size, size, 1], -1)                                 # (1)
         return mean, low + (high - low) * log_var.sigmoid(), logit.squeeze(-1)
 
-    def loss(self, obs, actions, next_obs, rewards, terminations, beta=1):
-        """The loss (2) of each transition (E, B), with w = exp(beta * log_var)."""
+    def loss(self, obs, actions, next_obs, rewards, terminations):
+        """The loss (2) of each transition (E, B)."""
         mean, log_var, logit = self(obs, actions)
         delta = self.deltas(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
-        w = (beta * log_var).exp().detach()
+        w = log_var.exp().detach()
         losses = (w * ((delta - mean).square() / log_var.exp() + log_var) / 2).sum(-1)
         return losses + F.binary_cross_entropy_with_logits(logit, terminations, reduction="none")
 
@@ -163,7 +170,8 @@ class Model(nn.Module):
         """next_obs (3), rewards and P(termination) of particles (P, B, ...), P / E per member."""
         outputs = self(*(x.reshape(len(self.biases[0]), -1, x.shape[-1]) for x in (obs, actions)))
         mean, log_var, logit = (x.reshape(*obs.shape[:2], *x.shape[2:]) for x in outputs)
-        delta = self.deltas.mean + self.deltas.std * (mean + (log_var / 2).exp() * noise)
+        delta = mean + (log_var / 2).exp() * noise                                          # (3)
+        delta = self.deltas.mean + self.deltas.std * delta
         return obs + delta[..., :-1], delta[..., -1], logit.sigmoid()
 
 
@@ -209,7 +217,7 @@ class Agent(nn.Module):
         return rewards.mean[-1].hypot(rewards.std[-1]).clamp(min=1e-6) / (1.01 - self.args.gamma)
 
     def features(self, obs):
-        """Normalized and clamped: V must not extrapolate to imagined states far from all data."""
+        """Normalized and clamped, so that nothing is extrapolated to states far from all data."""
         return self.obs_norm(obs).clamp(-3, 3)
 
     def value(self, obs):
@@ -250,11 +258,11 @@ class Agent(nn.Module):
             if self.args.propagation == "ts1":  # a particle's position is its member
                 obs, alive = obs[orders[t]], alive[orders[t]]
             actions = act(t, obs).expand(P, -1, -1)
-            obs, rewards, p_termination = self.model.predict(obs, actions, noise[t])        # (3)
+            obs, rewards, p_termination = self.model.predict(obs, actions, noise[t])
             returns = returns + gamma ** t * (alive * rewards).mean(0)                      # (4)
             alive = alive * (1 - p_termination)
         if self.args.terminal_value:
-            returns = returns + gamma ** (t + 1) * (alive * self.value(obs)).mean(0)
+            returns = returns + gamma ** self.args.horizon * (alive * self.value(obs)).mean(0)
         return returns
 
     def plan(self, obs, mean, plan_noise, noise, orders):
@@ -278,9 +286,10 @@ class Agent(nn.Module):
         if self.plans is None or len(self.plans) != len(episode_starts):
             self.plans = self.center.expand(self.args.horizon, -1)
             episode_starts = torch.ones_like(episode_starts)
+            self.steps_left = torch.zeros_like(episode_starts)  # until the next plan (N,)
         if episode_starts.any():
             self.plans = torch.where(episode_starts.view(-1, 1, 1) > 0, self.center, self.plans)
-            self.steps_since_plan = 0
+            self.steps_left = torch.where(episode_starts > 0, 0, self.steps_left)
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False):
@@ -293,9 +302,11 @@ class Agent(nn.Module):
         if self.plans is None or len(self.plans) != len(obs):
             self.reset(obs.new_zeros(len(obs)))
         self.plans = torch.cat([self.plans[:, 1:], self.center.expand_as(self.plans[:, :1])], 1)
-        if self.steps_since_plan % self.args.replan_every == 0:
-            self.plans = self.plan(obs, self.plans, *self.sample_noise(fixed=deterministic))
-        self.steps_since_plan += 1
+        if (due := self.steps_left == 0).any():
+            plans = self.plan(obs, self.plans, *self.sample_noise(fixed=deterministic))
+            self.plans = torch.where(due.view(-1, 1, 1), plans, self.plans)
+            self.steps_left = torch.where(due, self.args.replan_every, self.steps_left)
+        self.steps_left = self.steps_left - 1
         return self.plans[:, 0].argmax(-1) if self.discrete else self.plans[:, 0]
 
     def random_actions(self, obs):
@@ -327,11 +338,12 @@ def cem(score, project, mean, std, noise, elites):
     for row in noise:
         plans = project(mean.unsqueeze(1) + std.unsqueeze(1) * row)  # (N, K, H, A)
         scores = score(plans)  # (N, K)
-        best = torch.where(scores.isfinite(), scores, -math.inf).topk(elites)
+        best = torch.where(scores.isfinite(), scores, -math.inf).topk(elites)               # (5)
         # Where too few scores are finite, the best plan takes the place of the others.
         indices = torch.where(best.values > -math.inf, best.indices, best.indices[:, :1])
         elite_plans = plans.take_along_dim(indices[..., None, None], 1)
-        mean, std = elite_plans.mean(1), elite_plans.std(1, correction=0).clamp(min=min_std)
+        mean = elite_plans.mean(1)                                                          # (5)
+        std = elite_plans.std(1, correction=0).clamp(min=min_std)
     return mean
 
 
@@ -355,33 +367,33 @@ def train(args, resume=""):
     run = Run(args, envs, resume, agent=agent, model_optimizer=model_optimizer,
               optimizer=optimizer, dataset=dataset)
 
-    def step(loss, optimizer, weights, max_grad_norm=math.inf):
-        weights.grad.zero_()
-        loss.backward()
-        all_reduce_mean(weights.grad)
-        weights.grad.mul_((max_grad_norm / weights.grad.norm()).clamp(max=1))
-        optimizer.step()
-
     def update_model(*batch):
         """One Adam step on a batch (E, B, ...); return the loss."""
         loss = agent.model.loss(*batch).mean(1).sum()                                       # (2)
-        step(loss, model_optimizer, model_weights)
+        model_weights.grad.zero_()
+        loss.backward()
+        all_reduce_mean(model_weights.grad)
+        model_optimizer.step()
         return loss.detach()
 
     def update_actor_critic(obs, actions, next_obs, rewards, terminations, *noise):
-        """One Adam step of V, and of the policy if there is one, on a batch (B, ...)."""
-        unit, policy_loss = agent.return_unit(), torch.zeros((), device=device)
+        """One Adam step of V and the policy on a batch (B, ...); return value_loss, policy_loss."""
+        losses, unit = [], agent.return_unit()
         if args.planner == "policy":
             returns = target.rollout_model(obs, lambda t, obs: agent.policy(obs), *noise)
             penalty = agent.actor(agent.features(obs)).square().mean()
-            policy_loss = -(returns / unit).mean() + ACTOR_PENALTY * penalty                # (7)
+            losses.append(-(returns / unit).mean() + ACTOR_PENALTY * penalty)               # (7)
         else:
             next_values = torch.where(terminations > 0, 0.0, target.value(next_obs))
-            returns = rewards + args.gamma * next_values
-        value_loss = ((agent.value(obs) - returns.detach()) / unit).square().mean()    # (6), (7)
-        step(policy_loss + value_loss, optimizer, weights, MAX_GRAD_NORM)
-        target_weights.lerp_(weights, args.tau)
-        return torch.stack([policy_loss, value_loss]).detach()
+            returns = rewards + args.gamma * next_values                                    # (6)
+        losses.insert(0, ((agent.value(obs) - returns.detach()) / unit).square().mean())    # (7)
+        weights.grad.zero_()
+        sum(losses).backward()
+        all_reduce_mean(weights.grad)
+        weights.grad.mul_((MAX_GRAD_NORM / weights.grad.norm()).clamp(max=1))
+        optimizer.step()
+        target_weights.lerp_(weights, args.tau)                                             # (6)
+        return torch.stack(losses).detach()
 
     agent.plan, update_model, update_actor_critic = (
         cuda_graph(f, device) for f in (agent.plan, update_model, update_actor_critic))
@@ -394,13 +406,14 @@ def train(args, resume=""):
             rollout.append((obs, actions, *envs.step(actions)[:3]))
         obs, actions, next_obs, rewards, terminations = (
             torch.stack(x).flatten(0, 1) for x in zip(*rollout))  # each (T * N, ...)
-        # Behind a termination it may be NaN; the model then learns that nothing changes.
+        # After a termination next_obs may be NaN; the model then learns that nothing changes.
         next_obs = torch.where(next_obs.isfinite(), next_obs, obs)
         if agent.discrete:
             actions = F.one_hot(actions, len(agent.center)).float()
         dataset.add(obs, actions, next_obs, rewards, terminations)
         run.step += args.num_steps * args.num_envs * WORLD_SIZE
         if run.step < args.learning_starts:
+            run.log()
             continue
 
         agent.fit_normalizers(*dataset.tensors[:4])
@@ -417,8 +430,8 @@ def train(args, resume=""):
             optimizer.param_groups[0]["lr"].fill_(rate)
             indices = torch.randint(size, (batch_size,), device=device)
             noise = agent.sample_noise(batch_size)[1:] if args.planner == "policy" else ()
-            metrics["policy_loss"], metrics["value_loss"] = update_actor_critic(
-                *(x[indices] for x in dataset.tensors), *noise)
+            losses = update_actor_critic(*(x[indices] for x in dataset.tensors), *noise)
+            metrics |= zip(["value_loss", "policy_loss"], losses)
         run.log(**metrics)
     run.finish()
     return agent, run.history
@@ -430,7 +443,7 @@ def train(args, resume=""):
 NAME = pathlib.Path(globals().get("__file__", "notebook.py")).stem
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
-OPENED = []  # environments and writers that clean_up closes
+OPENED = []  # environments and writers, for clean_up to close
 
 
 class UserError(ValueError):
@@ -451,7 +464,7 @@ def apply_settings(args, given):
             if new in (choices or [new]) if kind is str else low <= new == float(value) <= high:
                 setattr(args, f.name, new)
                 continue
-        limits = f" from {low:g} to {high:g}" * (kind in (int, float))
+        limits = f" >= {low:g}" * (low > -3e38) + f" and <= {high:g}" * (high < 3e38)
         wanted = " or ".join(choices) or kind.__name__ + limits
         raise UserError(f"{f.name} is {value}, but must be {wanted}")
 
@@ -549,6 +562,7 @@ def box_bounds(space):
 def make_env(env_id, wrappers=(), **kwargs):
     """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
+    OPENED.append(env)  # now, as a wrapper may fail
     if "ALE/" in env_id:
         env = gym.wrappers.AtariPreprocessing(env)
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
@@ -563,6 +577,10 @@ def make_env(env_id, wrappers=(), **kwargs):
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """gymnasium's in SAME_STEP mode, twice as fast: it gathers no infos but `final_obs`."""
 
+    def reset(self, seed):
+        seeds = seed if isinstance(seed, list) else range(seed, seed + self.num_envs)
+        return [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], {}
+
     def step(self, actions):
         results, final_obs = [], {}
         for i, (env, action) in enumerate(zip(self.envs, actions)):
@@ -571,7 +589,8 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 final_obs[i] = np.array(obs)
                 obs, _ = env.reset()
             results.append((obs, float(reward), bool(termination), bool(truncation)))
-        return *map(np.array, zip(*results)), dict(final_obs=final_obs)
+        obs, *columns = zip(*results)
+        return obs, *map(np.array, columns), dict(final_obs=final_obs)
 
 
 class VecEnv:
@@ -582,8 +601,8 @@ class VecEnv:
     (environment, return, length) of the episodes that end."""
 
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
-        if "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
-            gym.register_envs(__import__("ale_py"))
+        if "ALE/" in env_id:  # or ale_py:ALE/Pong-v5
+            import ale_py  # registers them
         if "ALE/" in env_id and not kwargs and not wrappers:  # in C++ threads
             self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
                                      reward_clipping=False, autoreset_mode="SameStep")
@@ -598,19 +617,20 @@ class VecEnv:
         kind = type(actions).__name__
         if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
             raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
-                            f"{actions}; ppo takes Discrete and Box actions")
+                            f"{actions}; ppo takes Discrete and floating-point Box actions")
         self.action_space, self.shape = actions, space.shape
         self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
 
-    @np.errstate(over="ignore")  # what overflows is infinite then, and refused as such
+    @np.errstate(over="ignore")  # an overflow becomes inf, which to_tensor refuses
     def to_array(self, obs):
         """Check the shape of observations; return vectors (N, size) or images (N, C, H, W)."""
+        for shape in map(np.shape, obs):
+            if shape != self.shape:
+                raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
+                                f"{shape}")
         array = np.array(obs, np.uint8 if self.image else np.float32)
-        if array.shape[1:] != self.shape:
-            raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
-                            f"{array.shape[1:]}")
         if self.image:
             return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
         return array.reshape(len(array), -1)
@@ -621,7 +641,7 @@ class VecEnv:
         return torch.from_numpy(array).to(self.device)
 
     def reset(self, seed):
-        """Begin an episode everywhere, in environment i with seed + i or, of a list, seed[i]."""
+        """Begin an episode everywhere; environment i gets seed + i, or seed[i] of a list."""
         self.obs = self.to_tensor(self.to_array(self.envs.reset(seed=seed)[0]))
         self.episode_starts = torch.ones(len(self.obs), device=self.device)
         self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes so far
@@ -646,7 +666,7 @@ class VecEnv:
         if dones.any():
             array = array.copy()
             for i in dones.nonzero()[0].tolist():
-                array[i] = self.to_array(infos["final_obs"][i][None])
+                array[i] = self.to_array([infos["final_obs"][i]])
                 self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
             next_obs = self.to_tensor(array, ~terminations)  # what follows those does not count
@@ -691,10 +711,11 @@ class Run:
         self.saved_step = self.saved_time = -math.inf
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not resume and (self.folder / "checkpoint.pt").exists():
+            exists = os.path.exists(self.folder / "checkpoint.pt")
+            if exists and not (resume and self.folder.samefile(resume)):
                 raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
-            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+            with self.file("args.json") as path:
+                path.write_text(json.dumps(asdict(args), indent=2))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
@@ -705,38 +726,45 @@ class Run:
         # A resumed run begins new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
+    @contextlib.contextmanager
+    def file(self, name):
+        """A path to write to, renamed in the end, so that a kill cannot leave half a file."""
+        path, part = self.folder / name, self.folder / f"{name}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch.save does not say why it failed
+            raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+
     @classmethod
     def request_stop(cls, number, frame):
         cls.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
-        """To be called once an iteration: save when it is time to, stop if asked to."""
+        """Call once per iteration: save if a checkpoint is due, stop if a signal asked for it."""
         stop = torch.tensor(float(Run.stop_signal), device=self.envs.device)
         all_reduce_mean(stop)  # all processes stop as soon as one is asked to
         if stop:
             self.finish()
-            print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
+            if self.folder:
+                print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
             raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
         every = self.args.checkpoint_every
         if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
             self.save()
 
     def save(self):
-        """Write checkpoint.pt: renamed in the end, so that a kill cannot leave half of it."""
         self.saved_step, self.saved_time = self.step, time.time()
         state = {name: module.state_dict() for name, module in self.modules.items()}
         if not all(value.isfinite().all() for value in state["agent"].values()):
             raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            path, part = self.folder / "checkpoint.pt", self.folder / "checkpoint.part"
             state |= dict(args=asdict(self.args), step=self.step, history=self.history,
                           recent=list(self.recent), seconds=time.time() - self.start_time)
-            try:
-                torch.save(state, part)
-                os.replace(part, path)
-            except (OSError, RuntimeError) as error:  # torch does not say why it failed
-                raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+            with self.file("checkpoint.pt") as path:
+                torch.save(state, path)
 
     def log(self, **metrics):
         """At most 200 times a run, add a row of metrics to the history and print the progress."""
@@ -753,7 +781,7 @@ class Run:
                                         episode_return=score, episode_length=length) | metrics)
         if self.folder:
             columns = dict.fromkeys(name for row in self.history for name in row)
-            with open(self.folder / "metrics.csv", "w") as file:
+            with self.file("metrics.csv") as path, open(path, "w") as file:
                 table = csv.DictWriter(file, columns, lineterminator="\n")
                 table.writeheader(), table.writerows(self.history)
         for name, value in row.items() if self.writer else ():
@@ -763,7 +791,8 @@ class Run:
             score = f"return {score:.1f}" if self.recent else "no episode has ended yet"
             line = (f"step {self.step:,} of {total:,} ({self.step / total:.0%}): {score}, "
                     f"{speed:,.0f} steps/s, {max(0, total - self.step) / speed:.0f} s left")
-            print(f"{line:<99}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            in_place = sys.stdout.isatty() and self.step < total  # the last line stays
+            print(line, end="\033[K\r" if in_place else "\n", flush=True)
 
     def finish(self):
         """Save, and draw the learning curve."""
@@ -773,13 +802,13 @@ class Run:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            print("learning_curve.png needs matplotlib", file=sys.stderr)
-            return
+            return print("learning_curve.png needs matplotlib", file=sys.stderr)
         axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        axes.figure.savefig(self.folder / "learning_curve.png")
+        with self.file("learning_curve.png") as path:
+            axes.figure.savefig(path, format="png")
 
 
 @clean_up()
@@ -800,7 +829,7 @@ def evaluate(agent, args, episodes=100, **kwargs):
     torch.set_num_threads(args.threads)
     returns, steps = [[] for _ in range(min(episodes, 20))], 0
     envs = VecEnv(args.env, len(returns), next(agent.parameters()).device, **kwargs)
-    envs.reset(seed_everything(args.seed, 0, 0, 1))  # a longer key than those of training
+    envs.reset(seed_everything(args.seed, 0, 0, 1))  # training has keys of 1 and 3: other episodes
     while (done := min(map(len, returns)) * len(returns)) < episodes:
         if hasattr(agent, "reset"):  # a planner forgets its plans where an episode starts
             agent.reset(envs.episode_starts)
@@ -828,19 +857,16 @@ def parse_args():
     parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
     parser.add_argument("--video", default=False, action="store_true", help="film an episode")
     parser.add_argument("--render", default=False, action="store_true", help="show an episode")
-    names = {f.name for f in fields(Args)}
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
                             help=f"{f.metadata['help']} ({f.default})")
     todo = parser.parse_args()
-    given = {name: vars(todo).pop(name) for name in names & vars(todo).keys()}
-    if "resume" in todo:
-        names -= {"run_dir"}
-    if "evaluate" in todo:
-        names = {"env", "seed", "device", "threads"}
-    if useless := given.keys() - names:
-        parser.error(f"{min(useless)} has no effect here")
+    given = {f.name: vars(todo).pop(f.name) for f in fields(Args) if f.name in todo}
+    for name in given:
+        if "resume" in todo and name == "run_dir" or "evaluate" in todo and name not in (
+                "env", "seed", "device", "threads"):
+            parser.error(f"{name} has no effect here")
     if todo.episodes < 1:
         parser.error("episodes is at least 1")
     return todo, given
@@ -864,7 +890,7 @@ def main():
             agent, history = train(args, folder or "")
             step, seconds = history[-1]["step"], history[-1]["seconds"]
             trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
-        if torch.distributed.is_initialized():
+        if WORLD_SIZE > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if RANK == 0:
             returns = evaluate(agent, args, todo.episodes)
@@ -876,7 +902,7 @@ def main():
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
             if todo.render:
                 evaluate(agent, args, 1, render_mode="human")
-    except (UserError, FloatingPointError, ImportError, OSError, gym.error.Error) as error:
+    except (UserError, FloatingPointError, ImportError, gym.error.Error, BrokenPipeError) as error:
         print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Exception as error:  # of the environment, as a rule: its author needs the traceback

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Proximal Policy Optimization (PPO): several epochs on each batch, without leaving its policy.
+"""Proximal Policy Optimization (PPO): several epochs on each batch, close to the policy it is from.
 
 The policy gradient holds only for the policy that collected the batch, so A2C uses each batch once.
 PPO reuses it for several epochs. It weights each action by the ratio of its probabilities under the
@@ -22,9 +22,10 @@ new and the old policy, and clips the ratio, so that there is no gain in moving 
             take one Adam step on the loss (6)
 
 Schulman et al. 2017, arXiv:1707.06347; (1) is GAE, arXiv:1506.02438. Advantages are normalized in
-each minibatch; this, orthogonal initialization and running normalization of observations and
-rewards are studied in arXiv:2005.12729 and arXiv:2006.05990. A time limit (truncation) bootstraps
-from V(next_obs); only a termination does not.
+each minibatch; this, orthogonal initialization, running normalization of observations and rewards
+and --recompute-advantages, which repeats (1) and (2) before each epoch, are studied in
+arXiv:2005.12729 and arXiv:2006.05990. learning_rate and clip_coef fall linearly to 0; beta starts
+at 1. A time limit (truncation) bootstraps from V(next_obs); only a termination does not.
 
     python ppo.py --env HalfCheetah-v5
 """
@@ -44,7 +45,7 @@ def arg(default, help, low=-3e38, high=3e38):
     return field(default=default, metadata=dict(help=help, limits=[low, high]))
 
 
-@dataclass
+@dataclass(init=False)
 class Args:
     # The run: the same in every script.
     env: str = arg("CartPole-v1", "environment id; module:Id imports the module first")
@@ -70,7 +71,7 @@ class Args:
     anneal: bool = arg(True, "lower learning_rate and clip_coef linearly to 0")
     ent_coef: float = arg(0.0, "weight of the entropy bonus", 0)
     vf_coef: float = arg(0.5, "weight of the value loss", 0)
-    max_grad_norm: float = arg(0.5, "gradients are clipped to this norm", 0)
+    max_grad_norm: float = arg(0.5, "gradients are clipped to this norm", 1e-8)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
     log_std: float = arg(0.0, "initial log standard deviation, for actions in [-1, 1]")
     norm_obs: bool = arg(True, "normalize vector observations by running statistics")
@@ -155,7 +156,7 @@ class Agent(nn.Module):
         self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
         for p in self.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
-        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # all actions are alike at first
+        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first, actions hardly depend on obs
         nn.init.orthogonal_(self.critic[-1].weight, 1)
         self.return_norm, self.beta = RunningNorm(()), nn.Buffer(torch.ones(()))
         if not self.discrete:  # outputs from -1 to 1 cover the bounds
@@ -202,7 +203,7 @@ class Agent(nn.Module):
 # ==================================================================================== Algorithm
 def compute_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """Advantages (1) and returns (2); every tensor is (T, N)."""
-    next_values = torch.where(terminations > 0, 0.0, next_values)  # even if it is NaN
+    next_values = torch.where(terminations > 0, 0.0, next_values)  # not a product: 0 * NaN is NaN
     deltas = rewards + gamma * next_values - values
     decays = gamma * gae_lambda * (1 - dones)
     advantages, advantage = [], torch.zeros_like(deltas[0])
@@ -230,8 +231,8 @@ def kl_divergence(old, new, discrete):
         old, new = old.log_softmax(-1), new.log_softmax(-1)
         return (old.exp() * (old - new)).sum(-1)
     (old_mean, old_log_std), (mean, log_std) = old.chunk(2, -1), new.chunk(2, -1)
-    ratio, z = (old_log_std - log_std).exp(), (old_mean - mean) / log_std.exp()
-    return ((ratio.square() + z.square() - 1) / 2 - ratio.log()).sum(-1)
+    variance_ratio, z = (2 * (old_log_std - log_std)).exp(), (old_mean - mean) / log_std.exp()
+    return ((variance_ratio + z.square() - 1) / 2 + log_std - old_log_std).sum(-1)
 
 
 def adapt_beta(beta, kl, target_kl):
@@ -248,9 +249,9 @@ def explained_variance(values, returns):
 def train(args, resume=""):
     """Train a new agent, or resume the run in the folder `resume`; return (agent, history)."""
     batch_size = args.num_envs * args.num_steps
-    if args.num_minibatches > batch_size // (2 if args.norm_advantages else 1):
+    if args.num_minibatches > batch_size // (min_size := 2 if args.norm_advantages else 1):
         raise UserError(f"a batch of {batch_size} steps is too small for {args.num_minibatches} "
-                        "minibatches of two or more; set --num-minibatches")
+                        f"minibatches of at least {min_size}; set --num-minibatches")
     device = setup(args)
     envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
@@ -276,7 +277,8 @@ def train(args, resume=""):
         log_ratio = log_probs - old_log_probs
         ratio = log_ratio.exp()                                                             # (3)
         if args.norm_advantages:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            advantages = advantages - advantages.double().mean()  # exactly 0 if all are equal
+            advantages = advantages / (advantages.std() + 1e-8)
         if args.objective == "clip":
             policy_loss = clipped_surrogate(ratio, advantages, clip_coef)                   # (4)
             kl = (ratio - 1 - log_ratio).mean()  # an estimate from samples, for the log
@@ -284,9 +286,9 @@ def train(args, resume=""):
             kl = kl_divergence(old_policy, agent.policy(obs), agent.discrete).mean()
             policy_loss = penalized_surrogate(ratio, advantages, kl, agent.beta)            # (5)
         value_loss = F.mse_loss(values, returns)
-        loss = policy_loss + args.vf_coef * value_loss                                      # (6)
-        if args.ent_coef:
-            loss = loss - args.ent_coef * entropy.mean()
+        loss = policy_loss + args.vf_coef * value_loss
+        if args.ent_coef:  # without it, this saves the gradient of the entropy
+            loss = loss - args.ent_coef * entropy.mean()                                    # (6)
         weights.grad.zero_()  # optimizer.zero_grad() and clip_grad_norm_() take 40 us longer
         loss.backward()
         all_reduce_mean(weights.grad)
@@ -345,7 +347,7 @@ def train(args, resume=""):
 NAME = pathlib.Path(globals().get("__file__", "notebook.py")).stem
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
-OPENED = []  # environments and writers that clean_up closes
+OPENED = []  # environments and writers, for clean_up to close
 
 
 class UserError(ValueError):
@@ -366,7 +368,7 @@ def apply_settings(args, given):
             if new in (choices or [new]) if kind is str else low <= new == float(value) <= high:
                 setattr(args, f.name, new)
                 continue
-        limits = f" from {low:g} to {high:g}" * (kind in (int, float))
+        limits = f" >= {low:g}" * (low > -3e38) + f" and <= {high:g}" * (high < 3e38)
         wanted = " or ".join(choices) or kind.__name__ + limits
         raise UserError(f"{f.name} is {value}, but must be {wanted}")
 
@@ -464,6 +466,7 @@ def box_bounds(space):
 def make_env(env_id, wrappers=(), **kwargs):
     """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
+    OPENED.append(env)  # now, as a wrapper may fail
     if "ALE/" in env_id:
         env = gym.wrappers.AtariPreprocessing(env)
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
@@ -478,6 +481,10 @@ def make_env(env_id, wrappers=(), **kwargs):
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """gymnasium's in SAME_STEP mode, twice as fast: it gathers no infos but `final_obs`."""
 
+    def reset(self, seed):
+        seeds = seed if isinstance(seed, list) else range(seed, seed + self.num_envs)
+        return [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], {}
+
     def step(self, actions):
         results, final_obs = [], {}
         for i, (env, action) in enumerate(zip(self.envs, actions)):
@@ -486,7 +493,8 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 final_obs[i] = np.array(obs)
                 obs, _ = env.reset()
             results.append((obs, float(reward), bool(termination), bool(truncation)))
-        return *map(np.array, zip(*results)), dict(final_obs=final_obs)
+        obs, *columns = zip(*results)
+        return obs, *map(np.array, columns), dict(final_obs=final_obs)
 
 
 class VecEnv:
@@ -497,8 +505,8 @@ class VecEnv:
     (environment, return, length) of the episodes that end."""
 
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
-        if "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
-            gym.register_envs(__import__("ale_py"))
+        if "ALE/" in env_id:  # or ale_py:ALE/Pong-v5
+            import ale_py  # registers them
         if "ALE/" in env_id and not kwargs and not wrappers:  # in C++ threads
             self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
                                      reward_clipping=False, autoreset_mode="SameStep")
@@ -513,19 +521,20 @@ class VecEnv:
         kind = type(actions).__name__
         if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
             raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
-                            f"{actions}; ppo takes Discrete and Box actions")
+                            f"{actions}; ppo takes Discrete and floating-point Box actions")
         self.action_space, self.shape = actions, space.shape
         self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
 
-    @np.errstate(over="ignore")  # what overflows is infinite then, and refused as such
+    @np.errstate(over="ignore")  # an overflow becomes inf, which to_tensor refuses
     def to_array(self, obs):
         """Check the shape of observations; return vectors (N, size) or images (N, C, H, W)."""
+        for shape in map(np.shape, obs):
+            if shape != self.shape:
+                raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
+                                f"{shape}")
         array = np.array(obs, np.uint8 if self.image else np.float32)
-        if array.shape[1:] != self.shape:
-            raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
-                            f"{array.shape[1:]}")
         if self.image:
             return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
         return array.reshape(len(array), -1)
@@ -536,7 +545,7 @@ class VecEnv:
         return torch.from_numpy(array).to(self.device)
 
     def reset(self, seed):
-        """Begin an episode everywhere, in environment i with seed + i or, of a list, seed[i]."""
+        """Begin an episode everywhere; environment i gets seed + i, or seed[i] of a list."""
         self.obs = self.to_tensor(self.to_array(self.envs.reset(seed=seed)[0]))
         self.episode_starts = torch.ones(len(self.obs), device=self.device)
         self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes so far
@@ -561,7 +570,7 @@ class VecEnv:
         if dones.any():
             array = array.copy()
             for i in dones.nonzero()[0].tolist():
-                array[i] = self.to_array(infos["final_obs"][i][None])
+                array[i] = self.to_array([infos["final_obs"][i]])
                 self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
             next_obs = self.to_tensor(array, ~terminations)  # what follows those does not count
@@ -606,10 +615,11 @@ class Run:
         self.saved_step = self.saved_time = -math.inf
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not resume and (self.folder / "checkpoint.pt").exists():
+            exists = os.path.exists(self.folder / "checkpoint.pt")
+            if exists and not (resume and self.folder.samefile(resume)):
                 raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
-            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+            with self.file("args.json") as path:
+                path.write_text(json.dumps(asdict(args), indent=2))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
@@ -620,38 +630,45 @@ class Run:
         # A resumed run begins new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
+    @contextlib.contextmanager
+    def file(self, name):
+        """A path to write to, renamed in the end, so that a kill cannot leave half a file."""
+        path, part = self.folder / name, self.folder / f"{name}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch.save does not say why it failed
+            raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+
     @classmethod
     def request_stop(cls, number, frame):
         cls.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
-        """To be called once an iteration: save when it is time to, stop if asked to."""
+        """Call once per iteration: save if a checkpoint is due, stop if a signal asked for it."""
         stop = torch.tensor(float(Run.stop_signal), device=self.envs.device)
         all_reduce_mean(stop)  # all processes stop as soon as one is asked to
         if stop:
             self.finish()
-            print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
+            if self.folder:
+                print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
             raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
         every = self.args.checkpoint_every
         if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
             self.save()
 
     def save(self):
-        """Write checkpoint.pt: renamed in the end, so that a kill cannot leave half of it."""
         self.saved_step, self.saved_time = self.step, time.time()
         state = {name: module.state_dict() for name, module in self.modules.items()}
         if not all(value.isfinite().all() for value in state["agent"].values()):
             raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            path, part = self.folder / "checkpoint.pt", self.folder / "checkpoint.part"
             state |= dict(args=asdict(self.args), step=self.step, history=self.history,
                           recent=list(self.recent), seconds=time.time() - self.start_time)
-            try:
-                torch.save(state, part)
-                os.replace(part, path)
-            except (OSError, RuntimeError) as error:  # torch does not say why it failed
-                raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+            with self.file("checkpoint.pt") as path:
+                torch.save(state, path)
 
     def log(self, **metrics):
         """At most 200 times a run, add a row of metrics to the history and print the progress."""
@@ -668,7 +685,7 @@ class Run:
                                         episode_return=score, episode_length=length) | metrics)
         if self.folder:
             columns = dict.fromkeys(name for row in self.history for name in row)
-            with open(self.folder / "metrics.csv", "w") as file:
+            with self.file("metrics.csv") as path, open(path, "w") as file:
                 table = csv.DictWriter(file, columns, lineterminator="\n")
                 table.writeheader(), table.writerows(self.history)
         for name, value in row.items() if self.writer else ():
@@ -678,7 +695,8 @@ class Run:
             score = f"return {score:.1f}" if self.recent else "no episode has ended yet"
             line = (f"step {self.step:,} of {total:,} ({self.step / total:.0%}): {score}, "
                     f"{speed:,.0f} steps/s, {max(0, total - self.step) / speed:.0f} s left")
-            print(f"{line:<99}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            in_place = sys.stdout.isatty() and self.step < total  # the last line stays
+            print(line, end="\033[K\r" if in_place else "\n", flush=True)
 
     def finish(self):
         """Save, and draw the learning curve."""
@@ -688,13 +706,13 @@ class Run:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            print("learning_curve.png needs matplotlib", file=sys.stderr)
-            return
+            return print("learning_curve.png needs matplotlib", file=sys.stderr)
         axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        axes.figure.savefig(self.folder / "learning_curve.png")
+        with self.file("learning_curve.png") as path:
+            axes.figure.savefig(path, format="png")
 
 
 @clean_up()
@@ -715,7 +733,7 @@ def evaluate(agent, args, episodes=100, **kwargs):
     torch.set_num_threads(args.threads)
     returns, steps = [[] for _ in range(min(episodes, 20))], 0
     envs = VecEnv(args.env, len(returns), next(agent.parameters()).device, **kwargs)
-    envs.reset(seed_everything(args.seed, 0, 0, 1))  # a longer key than those of training
+    envs.reset(seed_everything(args.seed, 0, 0, 1))  # training has keys of 1 and 3: other episodes
     while (done := min(map(len, returns)) * len(returns)) < episodes:
         if hasattr(agent, "reset"):  # a planner forgets its plans where an episode starts
             agent.reset(envs.episode_starts)
@@ -743,19 +761,16 @@ def parse_args():
     parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
     parser.add_argument("--video", default=False, action="store_true", help="film an episode")
     parser.add_argument("--render", default=False, action="store_true", help="show an episode")
-    names = {f.name for f in fields(Args)}
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
                             help=f"{f.metadata['help']} ({f.default})")
     todo = parser.parse_args()
-    given = {name: vars(todo).pop(name) for name in names & vars(todo).keys()}
-    if "resume" in todo:
-        names -= {"run_dir"}
-    if "evaluate" in todo:
-        names = {"env", "seed", "device", "threads"}
-    if useless := given.keys() - names:
-        parser.error(f"{min(useless)} has no effect here")
+    given = {f.name: vars(todo).pop(f.name) for f in fields(Args) if f.name in todo}
+    for name in given:
+        if "resume" in todo and name == "run_dir" or "evaluate" in todo and name not in (
+                "env", "seed", "device", "threads"):
+            parser.error(f"{name} has no effect here")
     if todo.episodes < 1:
         parser.error("episodes is at least 1")
     return todo, given
@@ -779,7 +794,7 @@ def main():
             agent, history = train(args, folder or "")
             step, seconds = history[-1]["step"], history[-1]["seconds"]
             trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
-        if torch.distributed.is_initialized():
+        if WORLD_SIZE > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if RANK == 0:
             returns = evaluate(agent, args, todo.episodes)
@@ -791,7 +806,7 @@ def main():
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
             if todo.render:
                 evaluate(agent, args, 1, render_mode="human")
-    except (UserError, FloatingPointError, ImportError, OSError, gym.error.Error) as error:
+    except (UserError, FloatingPointError, ImportError, gym.error.Error, BrokenPipeError) as error:
         print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Exception as error:  # of the environment, as a rule: its author needs the traceback

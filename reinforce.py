@@ -11,10 +11,10 @@ episodes estimates it:
 Here returns[t] is the sum of the rewards from t on, and b is a baseline. The rewards before t and b
 do not depend on the action at t. A factor like that adds 0 on average, because in every state the
 mean of grad log pi(a) is the sum over a of pi(a) * grad log pi(a) = grad pi(a), which is the
-gradient of 1. So it costs no bias to leave out the earlier rewards or to subtract a baseline, and a
-b near the mean of returns[t] makes the variance of the estimate much smaller.
+gradient of 1. So leaving out the earlier rewards or subtracting a baseline adds no bias, and a b
+near the mean of returns[t] greatly reduces the variance of the estimate.
 
-(1)  returns[t] = rewards[t] + gamma * (V(next_obs[t]) if t is a truncation, 0 if a termination,
+(1)  returns[t] = rewards[t] + gamma * (0 if t is a termination, V(next_obs[t]) if a truncation,
      otherwise returns[t + 1]), where rewards, V and returns are in units of return_norm.std
 (2)  advantages = returns - b, where b is 0, the mean of all returns of the batch, or V(obs)
 (3)  policy_loss = -E[log pi(actions | obs) * advantages]
@@ -26,9 +26,9 @@ b near the mean of returns[t] makes the variance of the estimate much smaller.
         take one Adam step on the loss (4)
 
 Williams 1992, doi:10.1007/BF00992696. As in most code, E is a mean over steps, and late steps weigh
-as much as early ones although (1) discounts. The mean of a batch includes the returns that it is
-compared with: a bias of about one part in num_envs. A time limit (truncation) bootstraps from
-V(next_obs) if V is the baseline, and otherwise counts as a termination.
+as much as early ones although (1) discounts. The mean of a batch contains the return from which it
+is subtracted, which shrinks the gradient by about one part in num_envs. A time limit (truncation)
+bootstraps from V(next_obs) if V is the baseline, and otherwise counts as a termination.
 
     python reinforce.py --env InvertedPendulum-v5 --baseline mean
 """
@@ -48,7 +48,7 @@ def arg(default, help, low=-3e38, high=3e38):
     return field(default=default, metadata=dict(help=help, limits=[low, high]))
 
 
-@dataclass
+@dataclass(init=False)
 class Args:
     # The run: the same in every script.
     env: str = arg("CartPole-v1", "environment id; module:Id imports the module first")
@@ -60,13 +60,12 @@ class Args:
     run_dir: str = arg("", "folder of the run; default: a new one in runs/, from Python none")
     checkpoint_every: int = arg(0, "steps between checkpoints; 0: one a minute", 0)
     # The algorithm.
-    max_episode_steps: int = arg(0, "time limit of an episode; 0: that of the environment", 0)
     baseline: typing.Literal["none", "mean", "value"] = arg("value", "b of (2): none, mean, value")
     learning_rate: float = arg(1e-3, "step size of Adam", 0)
     gamma: float = arg(0.99, "discount factor", 0, 1)
     anneal: bool = arg(True, "lower learning_rate linearly to 0")
     vf_coef: float = arg(0.5, "weight of the value loss", 0)
-    max_grad_norm: float = arg(0.5, "gradients are clipped to this norm", 0)
+    max_grad_norm: float = arg(0.5, "gradients are clipped to this norm", 1e-8)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
     log_std: float = arg(0.0, "initial log standard deviation, for actions in [-1, 1]")
     norm_obs: bool = arg(True, "normalize vector observations by running statistics")
@@ -144,7 +143,7 @@ class Agent(nn.Module):
         self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
         for p in self.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
-        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # all actions are alike at first
+        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first, actions hardly depend on obs
         nn.init.orthogonal_(self.critic[-1].weight, 1)
         self.return_norm = RunningNorm(())
         if not self.discrete:  # outputs from -1 to 1 cover the bounds
@@ -184,7 +183,7 @@ class Agent(nn.Module):
 # ==================================================================================== Algorithm
 def compute_returns(rewards, next_values, terminations, dones, gamma):
     """Returns (1); every tensor is (T, N)."""
-    next_values = torch.where(terminations > 0, 0.0, next_values)  # even if it is NaN
+    next_values = torch.where(terminations > 0, 0.0, next_values)  # not a product: 0 * NaN is NaN
     returns, next_return = [], next_values[-1]
     for reward, next_value, done in zip(rewards.flip(0), next_values.flip(0), dones.flip(0)):
         next_return = reward + gamma * torch.where(done > 0, next_value, next_return)
@@ -202,8 +201,7 @@ def train(args, resume=""):
     if args.baseline == "mean" and args.num_envs == 1:
         raise UserError("baseline mean compares episodes with each other, but num_envs is 1")
     device = setup(args)
-    limit = dict(max_episode_steps=args.max_episode_steps) if args.max_episode_steps else {}
-    envs = VecEnv(args.env, args.num_envs, device, **limit)
+    envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten_parameters(agent)
     learning_rate = torch.tensor(args.learning_rate, device=device)
@@ -235,21 +233,20 @@ def train(args, resume=""):
         remaining = 1 - run.step / args.total_timesteps if args.anneal else 1
         optimizer.param_groups[0]["lr"].fill_(args.learning_rate * remaining)
 
-        # Only the first episode of each environment counts. Those that begin while the others still
-        # play would add short episodes, which end in time, but no long ones.
+        # Only the first episode of each environment counts. Of those that start while others still
+        # play, only the short ones would end in time.
         rollout, first_episode = [], torch.ones(args.num_envs, device=device)
         while first_episode.any():
             obs, actions = envs.obs, act(envs.obs)
             rollout.append((obs, actions, *envs.step(actions), first_episode))
             first_episode = first_episode * (1 - envs.episode_starts)
-            if len(rollout) == 30_000 and not args.max_episode_steps:
+            if len(rollout) == 30_000:
                 raise UserError(f"an episode of {args.env} takes 30,000 steps; if it never ends, "
-                                "pass --max-episode-steps 1000 or, for its evaluation too, "
                                 "register it with max_episode_steps=1000")
         obs, actions, next_obs, rewards, terminations, dones, first_episode = [
             torch.stack(x) for x in zip(*rollout)]  # each (T, N, ...)
         firsts = {episode[0]: episode for episode in reversed(envs.episodes)}
-        envs.episodes = sorted(firsts.values())  # in the order of their ends the last are long
+        envs.episodes = sorted(firsts.values())  # by their ends, the last would be the longest
         steps = torch.tensor(float(dones.numel()), device=device)
         all_reduce_mean(steps)  # the length of the longest episode differs between processes
         run.step += round(steps.item() * WORLD_SIZE)
@@ -278,7 +275,7 @@ def train(args, resume=""):
 NAME = pathlib.Path(globals().get("__file__", "notebook.py")).stem
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
-OPENED = []  # environments and writers that clean_up closes
+OPENED = []  # environments and writers, for clean_up to close
 
 
 class UserError(ValueError):
@@ -299,7 +296,7 @@ def apply_settings(args, given):
             if new in (choices or [new]) if kind is str else low <= new == float(value) <= high:
                 setattr(args, f.name, new)
                 continue
-        limits = f" from {low:g} to {high:g}" * (kind in (int, float))
+        limits = f" >= {low:g}" * (low > -3e38) + f" and <= {high:g}" * (high < 3e38)
         wanted = " or ".join(choices) or kind.__name__ + limits
         raise UserError(f"{f.name} is {value}, but must be {wanted}")
 
@@ -397,6 +394,7 @@ def box_bounds(space):
 def make_env(env_id, wrappers=(), **kwargs):
     """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
+    OPENED.append(env)  # now, as a wrapper may fail
     if "ALE/" in env_id:
         env = gym.wrappers.AtariPreprocessing(env)
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
@@ -411,6 +409,10 @@ def make_env(env_id, wrappers=(), **kwargs):
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """gymnasium's in SAME_STEP mode, twice as fast: it gathers no infos but `final_obs`."""
 
+    def reset(self, seed):
+        seeds = seed if isinstance(seed, list) else range(seed, seed + self.num_envs)
+        return [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], {}
+
     def step(self, actions):
         results, final_obs = [], {}
         for i, (env, action) in enumerate(zip(self.envs, actions)):
@@ -419,7 +421,8 @@ class SyncVectorEnv(gym.vector.SyncVectorEnv):
                 final_obs[i] = np.array(obs)
                 obs, _ = env.reset()
             results.append((obs, float(reward), bool(termination), bool(truncation)))
-        return *map(np.array, zip(*results)), dict(final_obs=final_obs)
+        obs, *columns = zip(*results)
+        return obs, *map(np.array, columns), dict(final_obs=final_obs)
 
 
 class VecEnv:
@@ -430,8 +433,8 @@ class VecEnv:
     (environment, return, length) of the episodes that end."""
 
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
-        if "ALE/" in env_id:  # ale_py:ALE/Pong-v5 too
-            gym.register_envs(__import__("ale_py"))
+        if "ALE/" in env_id:  # or ale_py:ALE/Pong-v5
+            import ale_py  # registers them
         if "ALE/" in env_id and not kwargs and not wrappers:  # in C++ threads
             self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
                                      reward_clipping=False, autoreset_mode="SameStep")
@@ -446,19 +449,20 @@ class VecEnv:
         kind = type(actions).__name__
         if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
             raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
-                            f"{actions}; ppo takes Discrete and Box actions")
+                            f"{actions}; ppo takes Discrete and floating-point Box actions")
         self.action_space, self.shape = actions, space.shape
         self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
 
-    @np.errstate(over="ignore")  # what overflows is infinite then, and refused as such
+    @np.errstate(over="ignore")  # an overflow becomes inf, which to_tensor refuses
     def to_array(self, obs):
         """Check the shape of observations; return vectors (N, size) or images (N, C, H, W)."""
+        for shape in map(np.shape, obs):
+            if shape != self.shape:
+                raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
+                                f"{shape}")
         array = np.array(obs, np.uint8 if self.image else np.float32)
-        if array.shape[1:] != self.shape:
-            raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
-                            f"{array.shape[1:]}")
         if self.image:
             return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
         return array.reshape(len(array), -1)
@@ -469,7 +473,7 @@ class VecEnv:
         return torch.from_numpy(array).to(self.device)
 
     def reset(self, seed):
-        """Begin an episode everywhere, in environment i with seed + i or, of a list, seed[i]."""
+        """Begin an episode everywhere; environment i gets seed + i, or seed[i] of a list."""
         self.obs = self.to_tensor(self.to_array(self.envs.reset(seed=seed)[0]))
         self.episode_starts = torch.ones(len(self.obs), device=self.device)
         self.returns, self.lengths = np.zeros((2, len(self.obs)))  # of the episodes so far
@@ -494,7 +498,7 @@ class VecEnv:
         if dones.any():
             array = array.copy()
             for i in dones.nonzero()[0].tolist():
-                array[i] = self.to_array(infos["final_obs"][i][None])
+                array[i] = self.to_array([infos["final_obs"][i]])
                 self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
             next_obs = self.to_tensor(array, ~terminations)  # what follows those does not count
@@ -539,10 +543,11 @@ class Run:
         self.saved_step = self.saved_time = -math.inf
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not resume and (self.folder / "checkpoint.pt").exists():
+            exists = os.path.exists(self.folder / "checkpoint.pt")
+            if exists and not (resume and self.folder.samefile(resume)):
                 raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
-            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+            with self.file("args.json") as path:
+                path.write_text(json.dumps(asdict(args), indent=2))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
@@ -553,38 +558,45 @@ class Run:
         # A resumed run begins new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
+    @contextlib.contextmanager
+    def file(self, name):
+        """A path to write to, renamed in the end, so that a kill cannot leave half a file."""
+        path, part = self.folder / name, self.folder / f"{name}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch.save does not say why it failed
+            raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+
     @classmethod
     def request_stop(cls, number, frame):
         cls.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
-        """To be called once an iteration: save when it is time to, stop if asked to."""
+        """Call once per iteration: save if a checkpoint is due, stop if a signal asked for it."""
         stop = torch.tensor(float(Run.stop_signal), device=self.envs.device)
         all_reduce_mean(stop)  # all processes stop as soon as one is asked to
         if stop:
             self.finish()
-            print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
+            if self.folder:
+                print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
             raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
         every = self.args.checkpoint_every
         if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
             self.save()
 
     def save(self):
-        """Write checkpoint.pt: renamed in the end, so that a kill cannot leave half of it."""
         self.saved_step, self.saved_time = self.step, time.time()
         state = {name: module.state_dict() for name, module in self.modules.items()}
         if not all(value.isfinite().all() for value in state["agent"].values()):
             raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            path, part = self.folder / "checkpoint.pt", self.folder / "checkpoint.part"
             state |= dict(args=asdict(self.args), step=self.step, history=self.history,
                           recent=list(self.recent), seconds=time.time() - self.start_time)
-            try:
-                torch.save(state, part)
-                os.replace(part, path)
-            except (OSError, RuntimeError) as error:  # torch does not say why it failed
-                raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+            with self.file("checkpoint.pt") as path:
+                torch.save(state, path)
 
     def log(self, **metrics):
         """At most 200 times a run, add a row of metrics to the history and print the progress."""
@@ -601,7 +613,7 @@ class Run:
                                         episode_return=score, episode_length=length) | metrics)
         if self.folder:
             columns = dict.fromkeys(name for row in self.history for name in row)
-            with open(self.folder / "metrics.csv", "w") as file:
+            with self.file("metrics.csv") as path, open(path, "w") as file:
                 table = csv.DictWriter(file, columns, lineterminator="\n")
                 table.writeheader(), table.writerows(self.history)
         for name, value in row.items() if self.writer else ():
@@ -611,7 +623,8 @@ class Run:
             score = f"return {score:.1f}" if self.recent else "no episode has ended yet"
             line = (f"step {self.step:,} of {total:,} ({self.step / total:.0%}): {score}, "
                     f"{speed:,.0f} steps/s, {max(0, total - self.step) / speed:.0f} s left")
-            print(f"{line:<99}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            in_place = sys.stdout.isatty() and self.step < total  # the last line stays
+            print(line, end="\033[K\r" if in_place else "\n", flush=True)
 
     def finish(self):
         """Save, and draw the learning curve."""
@@ -621,13 +634,13 @@ class Run:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            print("learning_curve.png needs matplotlib", file=sys.stderr)
-            return
+            return print("learning_curve.png needs matplotlib", file=sys.stderr)
         axes = Figure((7, 4), dpi=150, layout="constrained").subplots()
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        axes.figure.savefig(self.folder / "learning_curve.png")
+        with self.file("learning_curve.png") as path:
+            axes.figure.savefig(path, format="png")
 
 
 @clean_up()
@@ -648,7 +661,7 @@ def evaluate(agent, args, episodes=100, **kwargs):
     torch.set_num_threads(args.threads)
     returns, steps = [[] for _ in range(min(episodes, 20))], 0
     envs = VecEnv(args.env, len(returns), next(agent.parameters()).device, **kwargs)
-    envs.reset(seed_everything(args.seed, 0, 0, 1))  # a longer key than those of training
+    envs.reset(seed_everything(args.seed, 0, 0, 1))  # training has keys of 1 and 3: other episodes
     while (done := min(map(len, returns)) * len(returns)) < episodes:
         if hasattr(agent, "reset"):  # a planner forgets its plans where an episode starts
             agent.reset(envs.episode_starts)
@@ -676,19 +689,16 @@ def parse_args():
     parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
     parser.add_argument("--video", default=False, action="store_true", help="film an episode")
     parser.add_argument("--render", default=False, action="store_true", help="show an episode")
-    names = {f.name for f in fields(Args)}
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
                             help=f"{f.metadata['help']} ({f.default})")
     todo = parser.parse_args()
-    given = {name: vars(todo).pop(name) for name in names & vars(todo).keys()}
-    if "resume" in todo:
-        names -= {"run_dir"}
-    if "evaluate" in todo:
-        names = {"env", "seed", "device", "threads"}
-    if useless := given.keys() - names:
-        parser.error(f"{min(useless)} has no effect here")
+    given = {f.name: vars(todo).pop(f.name) for f in fields(Args) if f.name in todo}
+    for name in given:
+        if "resume" in todo and name == "run_dir" or "evaluate" in todo and name not in (
+                "env", "seed", "device", "threads"):
+            parser.error(f"{name} has no effect here")
     if todo.episodes < 1:
         parser.error("episodes is at least 1")
     return todo, given
@@ -712,7 +722,7 @@ def main():
             agent, history = train(args, folder or "")
             step, seconds = history[-1]["step"], history[-1]["seconds"]
             trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
-        if torch.distributed.is_initialized():
+        if WORLD_SIZE > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if RANK == 0:
             returns = evaluate(agent, args, todo.episodes)
@@ -724,7 +734,7 @@ def main():
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
             if todo.render:
                 evaluate(agent, args, 1, render_mode="human")
-    except (UserError, FloatingPointError, ImportError, OSError, gym.error.Error) as error:
+    except (UserError, FloatingPointError, ImportError, gym.error.Error, BrokenPipeError) as error:
         print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Exception as error:  # of the environment, as a rule: its author needs the traceback

@@ -17,7 +17,7 @@ SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
 
 # Settings that make a run of a few hundred steps exercise all of a script.
 SMALL = {
-    "reinforce": dict(num_envs=4, max_episode_steps=16, hidden_size=16),
+    "reinforce": dict(num_envs=4, hidden_size=16),
     "a2c": dict(num_envs=4, num_steps=4, hidden_size=16),
     "ppo": dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2, hidden_size=16),
     "trpo": dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=2, hidden_size=16),

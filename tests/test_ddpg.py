@@ -369,7 +369,7 @@ def test_a_checkpoint_holds_the_filled_rows_and_restores_them_exactly(algorithm,
 
 @BOTH
 def test_a_buffer_that_does_not_fit_into_memory_is_refused(algorithm, tmp_path):
-    with pytest.raises(algorithm.UserError, match="buffer_size 1,000,000,000,000,000"):
+    with pytest.raises(algorithm.UserError, match="buffer_size is 1,000,000,000,000,000"):
         train("Pendulum-v1", algorithm, buffer_size=10**15, run_dir="run")
     assert list(tmp_path.iterdir()) == []
 

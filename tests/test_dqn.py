@@ -543,6 +543,7 @@ def test_training_draws_by_priority_and_sets_priorities_by_the_error_after_each_
     (dict(buffer_size=39, train_every=10), ["buffer_size is 39", "pass --buffer-size 40"]),
     (dict(buffer_size=10**15), ["buffer_size is 1,000,000,000,000,000", "memory", "--buffer-size"]),
     (dict(exploration="none"), ["exploration is none", "epsilon or boltzmann"]),
+    (dict(exploration_start=5), ["epsilon is a probability", "--exploration-start"]),
     (dict(env="Pendulum-v1"), ["Box", "ppo"])])
 def test_what_cannot_be_done_is_refused_before_anything_is_written(changes, words, tmp_path):
     with pytest.raises(dqn.UserError) as error:

@@ -15,7 +15,7 @@ import trpo
 
 COUNT = gym.spaces.Box(0, np.inf, (1,), np.float32)
 PLAIN = dict(norm_obs=False, norm_returns=False, anneal=False)
-EXTRA = {ppo: dict(norm_advantages=False), reinforce: dict(max_episode_steps=0)}
+EXTRA = {ppo: dict(norm_advantages=False), reinforce: {}}
 
 
 def train(module, env, **changes):

@@ -238,6 +238,15 @@ def test_normalized_advantages_have_mean_0_and_std_1_in_each_minibatch(spy):
         assert call["advantages"].std().item() == pytest.approx(1, abs=1e-4)
 
 
+def test_equal_advantages_are_normalized_to_0(spy, monkeypatch):
+    gae = ppo.compute_gae
+    monkeypatch.setattr(ppo, "compute_gae", lambda *args: (
+        torch.full_like(gae(*args)[0], 0.9), gae(*args)[1]))
+    calls = spy(ppo, "clipped_surrogate")
+    train("Pendulum-v1", total_timesteps=64, norm_advantages=True)
+    assert calls and all((call["advantages"] == 0).all() for call in calls)
+
+
 # The batch.
 
 

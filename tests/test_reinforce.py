@@ -15,7 +15,7 @@ from reinforce import Agent, Args, RunningNorm
 
 BASELINES = "none", "mean", "value"
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Args)}
-PLAIN = dict(norm_obs=False, norm_returns=False, anneal=False, max_episode_steps=0)
+PLAIN = dict(norm_obs=False, norm_returns=False, anneal=False)
 
 
 def train(env, **changes):
@@ -130,13 +130,6 @@ def test_the_last_episodes_are_not_those_that_ended_last():
     assert len(logged) >= 8 and sum(logged) / len(logged) == pytest.approx(5, abs=1)
 
 
-def test_what_is_cut_off_is_reported(spy):
-    _, history = train("probes:Uneven-v0", total_timesteps=200, max_episode_steps=3)
-    assert set(row["episode_length"] > 1 for row in history) == {True}
-    _, history = train("probes:Endless-v0", total_timesteps=24, max_episode_steps=3)
-    assert [row["episode_length"] for row in history] == [3.0, 3.0]
-
-
 def test_steps_that_were_only_waited_through_are_counted_as_steps(spy):
     steps = spy(reinforce.VecEnv, "step")
     _, history = train("probes:Uneven-v0", total_timesteps=300)
@@ -150,15 +143,15 @@ def test_an_environment_that_never_ends_gives_an_error_that_says_what_to_pass(mo
 
     monkeypatch.setattr(reinforce.VecEnv, "step", step)
     monkeypatch.setattr(Agent, "act", lambda self, obs: None)
-    with pytest.raises(reinforce.UserError, match="--max-episode-steps 1000"):
+    with pytest.raises(reinforce.UserError, match="max_episode_steps=1000"):
         train("probes:Endless-v0", num_envs=1)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
-def test_what_max_episode_steps_cuts_off_is_completed_like_a_time_limit(baseline, spy):
+def test_what_a_time_limit_cuts_off_is_completed_by_v_if_it_is_trained(baseline, spy):
     calls = spy(reinforce, "compute_returns")
-    agent, history = train("probes:Endless-v0", total_timesteps=24, max_episode_steps=3,
-                           learning_rate=0, baseline=baseline, gamma=0.9)
+    agent, history = train("probes:Truncated3-v0", total_timesteps=24, learning_rate=0,
+                           baseline=baseline, gamma=0.9)
     end = agent.value(torch.tensor([[3.0]])).item() * (baseline == "value")
     expected = torch.tensor([1 + 0.9 + 0.81 + 0.729 * end, 1 + 0.9 + 0.81 * end, 1 + 0.9 * end])
     assert len(calls) == 2

@@ -95,10 +95,12 @@ def save(figure, path):
     figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
 
 
-# Script, environment and settings of the agents in the strip of frames, and the step shown.
-FRAMES = [("dqn", "LunarLander-v3", {}, 60), ("ppo", "HalfCheetah-v5", {}, 100),
-          ("trpo", "Hopper-v5", {}, 60), ("cem_es", "Swimmer-v5", dict(method="es"), 100),
-          ("ppo", "CartPole-v1", {}, 100), ("mbrl_mpc", "Pendulum-v1", {}, 100)]
+# Script, environment, steps of training and settings of the agents in the strip of frames, and the
+# step of the episode that is shown.
+FRAMES = [("ppo", "CartPole-v1", 50_000, {}, 100), ("dqn", "MountainCar-v0", 120_000, {}, 95),
+          ("mbrl_mpc", "Pendulum-v1", 4_000, {}, 20), ("a2c", "HalfCheetah-v5", 1_000_000, {}, 100),
+          ("trpo", "Hopper-v5", 1_000_000, {}, 60),
+          ("cem_es", "Swimmer-v5", 2_000_000, dict(method="es"), 100)]
 
 
 def frames(path, height=160):
@@ -106,9 +108,10 @@ def frames(path, height=160):
     import torch
     sys.path.insert(0, str(HERE.parent.parent))
     images = []
-    for script, env, settings, step in FRAMES:
+    for script, env, steps, settings, step in FRAMES:
         module = importlib.import_module(script)
-        agent, _ = module.train(module.Args(env=env, device="cpu", **settings))
+        args = module.Args(env=env, total_timesteps=steps, device="cpu", **settings)
+        agent, _ = module.train(args)
         with module.clean_up():
             envs = module.VecEnv(env, 1, torch.device("cpu"), render_mode="rgb_array")
             envs.reset(1)
@@ -117,9 +120,10 @@ def frames(path, height=160):
                     agent.reset(envs.episode_starts)
                 envs.step(agent.act(envs.obs, deterministic=True))
             image = envs.envs.envs[0].render()
-        rows = np.linspace(0, len(image) - 1, height).astype(int)
-        columns = np.linspace(0, image.shape[1] - 1, height * image.shape[1] // len(image))
-        images.append(image[rows][:, columns.astype(int)])
+        size = height, height * image.shape[1] // image.shape[0]
+        small = torch.nn.functional.interpolate(
+            torch.tensor(image).permute(2, 0, 1)[None] / 255, size, mode="area")
+        images.append(small[0].permute(1, 2, 0).numpy())
     matplotlib.image.imsave(path, np.concatenate(images, 1))
 
 
