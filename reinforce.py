@@ -455,14 +455,15 @@ class VecEnv:
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
 
-    @np.errstate(over="ignore")  # an overflow becomes inf, which to_tensor refuses
     def to_array(self, obs):
         """Check the shape of observations; return vectors (N, size) or images (N, C, H, W)."""
-        for shape in map(np.shape, obs):
-            if shape != self.shape:
-                raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
-                                f"{shape}")
-        array = np.array(obs, np.uint8 if self.image else np.float32)
+        try:
+            array = np.array(obs, np.uint8 if self.image else np.float32)
+        except ValueError:  # their shapes differ
+            array = np.zeros(0)
+        if array.shape[1:] != self.shape:
+            raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
+                            f"{', '.join({str(np.shape(x)) for x in obs})}")
         if self.image:
             return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
         return array.reshape(len(array), -1)
@@ -495,16 +496,15 @@ class VecEnv:
         self.obs = next_obs = self.to_tensor(array)
         self.returns += rewards
         self.lengths += 1
-        if dones.any():
+        if ended := dones.nonzero()[0].tolist():
             array = array.copy()
-            for i in dones.nonzero()[0].tolist():
+            for i in ended:
                 array[i] = self.to_array([infos["final_obs"][i]])
                 self.episodes.append((i, float(self.returns[i]), float(self.lengths[i])))
                 self.returns[i] = self.lengths[i] = 0
             next_obs = self.to_tensor(array, ~terminations)  # what follows those does not count
-        with np.errstate(over="ignore"):
-            columns = np.array([rewards, terminations, dones], np.float32)
-        rewards, terminations, self.episode_starts = self.to_tensor(columns).unbind()
+        rewards, terminations, self.episode_starts = self.to_tensor(
+            np.array([rewards, terminations, dones], np.float32)).unbind()
         return next_obs, rewards, terminations, self.episode_starts
 
 
@@ -706,6 +706,7 @@ def parse_args():
 
 def main():
     sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Env-v0 may be
+    np.seterr(over="ignore")  # what overflows becomes inf, which VecEnv refuses
     todo, given = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, Run.request_stop)

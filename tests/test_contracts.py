@@ -642,6 +642,7 @@ def test_executed_actions_are_members_of_a_space_that_begins_at_minus_one(script
 
 
 @pytest.mark.plumbing
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_an_observation_that_is_not_finite_passes_only_behind_a_termination(script, module):
     obs, next_obs, _, terminations, *_ = rollout(module, probe(module, "NaNEnd"), 12)
     assert torch.equal(next_obs.isnan().squeeze(-1), terminations > 0) and obs.isfinite().all()
@@ -656,10 +657,10 @@ def test_a_wrong_shape_is_refused_in_one_of_many_environments_and_at_a_reset(scr
     envs.reset(1)
     inner = envs.envs.envs[1].unwrapped
     inner.fail, inner.fail_after = lambda obs, reward: (np.zeros((1, 1), np.float32), reward), 0
-    with pytest.raises(module.UserError, match=r"shape \(1,\), but gave \(1, 1\)"):
+    with pytest.raises(module.UserError, match=r"shape \(1,\), but gave.* \(1, 1\)"):
         envs.step(zeros(envs))
     inner.reset = lambda **kwargs: (np.zeros(2, np.float32), {})
-    with pytest.raises(module.UserError, match=r"shape \(1,\), but gave \(2,\)"):
+    with pytest.raises(module.UserError, match=r"shape \(1,\), but gave.* \(2,\)"):
         envs.reset(1)
 
 
