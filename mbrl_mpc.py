@@ -216,15 +216,11 @@ class Agent(nn.Module):
         rewards = self.model.deltas
         return rewards.mean[-1].hypot(rewards.std[-1]).clamp(min=1e-6) / (1.01 - self.args.gamma)
 
-    def features(self, obs):
-        """Normalized and clamped, so that nothing is extrapolated to states far from all data."""
-        return self.obs_norm(obs).clamp(-3, 3)
-
     def value(self, obs):
-        return self.return_unit() * self.critic(self.features(obs)).squeeze(-1)
+        return self.return_unit() * self.critic(self.obs_norm(obs)).squeeze(-1)
 
     def policy(self, obs):
-        return self.center + self.scale * self.actor(self.features(obs)).tanh()
+        return self.center + self.scale * self.actor(self.obs_norm(obs)).tanh()
 
     def project(self, actions):
         """The nearest actions (..., A) that can be executed: within the bounds, or one-hot."""
@@ -381,7 +377,7 @@ def train(args, resume=""):
         losses, unit = [], agent.return_unit()
         if args.planner == "policy":
             returns = target.rollout_model(obs, lambda t, obs: agent.policy(obs), *noise)
-            penalty = agent.actor(agent.features(obs)).square().mean()
+            penalty = agent.actor(agent.obs_norm(obs)).square().mean()
             losses.append(-(returns / unit).mean() + ACTOR_PENALTY * penalty)               # (7)
         else:
             next_values = torch.where(terminations > 0, 0.0, target.value(next_obs))

@@ -80,6 +80,8 @@ def speed():
             plan = seconds(lambda: agent.plan(obs, mean, *noise), repeats)
             alone = seconds(products, repeats)
             print(f"{name}, {num_envs}: {plan:.4f} {alone:.4f} {alone / plan:.0%}", flush=True)
+    agent = make_agent(mbrl_mpc.Args(env="Pendulum-v1", planner="policy"))
+    print(f"a policy, 1: {seconds(lambda: agent.act(torch.randn(1, 3)), 100):.6f}")
 
 
 def truth(folder, episodes):
