@@ -97,10 +97,10 @@ def save(figure, path):
 
 # Script, environment, steps of training and settings of the agents in the strip of frames, and the
 # step of the episode that is shown.
-FRAMES = [("ppo", "CartPole-v1", 50_000, {}, 100), ("dqn", "MountainCar-v0", 120_000, {}, 95),
-          ("mbrl_mpc", "Pendulum-v1", 4_000, {}, 20), ("a2c", "HalfCheetah-v5", 1_000_000, {}, 100),
-          ("trpo", "Hopper-v5", 1_000_000, {}, 60),
-          ("cem_es", "Swimmer-v5", 2_000_000, dict(method="es"), 100)]
+FRAMES = [("ppo", "CartPole-v1", 50_000, {}, 100), ("mbrl_mpc", "Pendulum-v1", 4_000, {}, 20),
+          ("cem_es", "InvertedPendulum-v5", 100_000, {}, 50),
+          ("ddpg", "Reacher-v5", 20_000, {}, 40), ("trpo", "Hopper-v5", 300_000, {}, 60),
+          ("a2c", "HalfCheetah-v5", 1_000_000, {}, 100)]
 
 
 def frames(path, height=160):
@@ -122,7 +122,7 @@ def frames(path, height=160):
             image = envs.envs.envs[0].render()
         size = height, height * image.shape[1] // image.shape[0]
         small = torch.nn.functional.interpolate(
-            torch.tensor(image).permute(2, 0, 1)[None] / 255, size, mode="area")
+            torch.tensor(image.copy()).permute(2, 0, 1)[None] / 255, size, mode="area")
         images.append(small[0].permute(1, 2, 0).numpy())
     matplotlib.image.imsave(path, np.concatenate(images, 1))
 

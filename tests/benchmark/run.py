@@ -250,13 +250,13 @@ def solved(path=HERE / "results/solve.csv"):
 
 
 LADDER = [  # script, what it adds, its equation, the row that the README shows
-    ("reinforce", "policy gradient, reward-to-go, baselines", "∇J = E[∇log π(a, s) · (G − b)]",
+    ("reinforce", "policy gradient, reward-to-go, baselines", "∇J = E[∇log π(a∣s) · (G − b)]",
      "CartPole-v1"),
-    ("a2c", "a critic, n-step returns, GAE, parallel workers; A3C", "∇J = E[∇log π(a, s) · Â]",
+    ("a2c", "a critic, n-step returns, GAE, parallel workers; A3C", "∇J = E[∇log π(a∣s) · Â]",
      "CartPole-v1"),
     ("ppo", "several epochs on a batch; clipping or a KL penalty",
      "max E[min(r Â, clip(r, 1 − ε, 1 + ε) Â)]", "CartPole-v1"),
-    ("trpo", "natural gradient, trust region", "max E[r Â] with KL(old, new) ≤ δ", "Hopper-v5"),
+    ("trpo", "natural gradient, trust region", "max E[r Â] with KL(old ∥ new) ≤ δ", "Hopper-v5"),
     ("dqn", "replay, target network; double, dueling, prioritized", "y = r + γ max Q⁻(s′, a)",
      "CartPole-v1"),
     ("ddpg", "continuous actions: an actor, or a search, maximizes Q", "max Q(s, μ(s))",
@@ -280,8 +280,9 @@ def ladder(results=HERE / "results"):
         score, seconds = np.mean([run[0] for run in runs]), np.mean([run[1] for run in runs])
         ratio = f"{float(speed[script]['ratio']):.1f} ×" if speed.get(script, {}).get(
             "peer") else ""
+        old = " †" * (not all(is_current(row, seed, results) for seed in row.seeds))
         lines.append(f"| `{script}.py` | {idea} | {equation} | {env} | {row.steps:,} | "
-                     f"{seconds:.0f} | {number(score)} | {ratio} |")
+                     f"{seconds:.0f} | {number(score)}{old} | {ratio} |")
     return "\n".join(lines).replace("| -", "| −")
 
 
