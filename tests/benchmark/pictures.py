@@ -97,9 +97,9 @@ def save(figure, path):
 
 # Script, environment, steps of training and settings of the agents in the strip of frames, and the
 # step of the episode that is shown.
-FRAMES = [("ppo", "CartPole-v1", 50_000, {}, 100), ("mbrl_mpc", "Pendulum-v1", 4_000, {}, 20),
+FRAMES = [("ppo", "CartPole-v1", 50_000, {}, 100), ("a2c", "Acrobot-v1", 300_000, {}, 60),
+          ("mbrl_mpc", "Pendulum-v1", 4_000, {}, 20),
           ("cem_es", "InvertedPendulum-v5", 100_000, {}, 50),
-          ("ddpg", "Reacher-v5", 20_000, {}, 40), ("trpo", "Hopper-v5", 300_000, {}, 60),
           ("a2c", "HalfCheetah-v5", 1_000_000, {}, 100)]
 
 
