@@ -93,7 +93,7 @@ class Args:
 
 CONTROL = dict(buffer_size=50_000, exploration_end=0.1, exploration_fraction=0.12)
 PRESETS = {  # settings that are known to work (for ALE, in the literature); keys may be patterns
-    # In a small buffer falls are not rare for long once the policy begins to forget them.
+    # A small buffer soon holds many falls again, should the policy forget how to avoid them.
     "CartPole-v1": dict(total_timesteps=50_000, num_envs=8, train_every=32, num_updates=64,
                         buffer_size=10_000, learning_rate=2e-3, target_every=0, tau=0.01, n_step=3,
                         hidden_size=128),
@@ -574,7 +574,7 @@ class VecEnv:
     def step(self, actions):
         """Act in all environments; return next_obs, rewards, terminations and dones.
 
-        next_obs is the true successor, also where an episode ends and `obs` begins the next."""
+        next_obs is the true successor, also where an episode ends and `obs` is of the next one."""
         actions, space = actions.cpu().numpy(), self.action_space
         if isinstance(space, gym.spaces.Discrete):
             actions = actions + space.start
@@ -647,7 +647,7 @@ class Run:
         if RANK == 0:
             print(f"{NAME} on {envs.device}:", {name: value for name, value in asdict(args).items()
                                                 if value != getattr(Args, name)}, flush=True)
-        # A resumed run begins new episodes, with numbers that depend on nothing but these three.
+        # A resumed run starts new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
     @contextlib.contextmanager

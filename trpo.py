@@ -582,7 +582,7 @@ class VecEnv:
     def step(self, actions):
         """Act in all environments; return next_obs, rewards, terminations and dones.
 
-        next_obs is the true successor, also where an episode ends and `obs` begins the next."""
+        next_obs is the true successor, also where an episode ends and `obs` is of the next one."""
         actions, space = actions.cpu().numpy(), self.action_space
         if isinstance(space, gym.spaces.Discrete):
             actions = actions + space.start
@@ -655,7 +655,7 @@ class Run:
         if RANK == 0:
             print(f"{NAME} on {envs.device}:", {name: value for name, value in asdict(args).items()
                                                 if value != getattr(Args, name)}, flush=True)
-        # A resumed run begins new episodes, with numbers that depend on nothing but these three.
+        # A resumed run starts new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
     @contextlib.contextmanager
