@@ -409,10 +409,6 @@ def make_env(env_id, wrappers=(), **kwargs):
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
     """gymnasium's in SAME_STEP mode, twice as fast: it gathers no infos but `final_obs`."""
 
-    def reset(self, seed):
-        seeds = seed if isinstance(seed, list) else range(seed, seed + self.num_envs)
-        return [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], {}
-
     def step(self, actions):
         results, final_obs = [], {}
         for i, (env, action) in enumerate(zip(self.envs, actions)):
@@ -433,9 +429,9 @@ class VecEnv:
     (environment, return, length) of the episodes that end."""
 
     def __init__(self, env_id, num_envs, device, wrappers=(), **kwargs):
-        if "ALE/" in env_id:  # or ale_py:ALE/Pong-v5
+        if atari := "ALE/" in env_id:
             import ale_py  # registers them
-        if "ALE/" in env_id and not kwargs and not wrappers:  # in C++ threads
+        if atari and not kwargs and not wrappers:  # in C++ threads
             self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
                                      reward_clipping=False, autoreset_mode="SameStep")
             OPENED.append(self.envs)
@@ -457,16 +453,12 @@ class VecEnv:
 
     def to_array(self, obs):
         """Check the shape of observations; return vectors (N, size) or images (N, C, H, W)."""
-        try:
-            array = np.array(obs, np.uint8 if self.image else np.float32)
-        except ValueError:  # their shapes differ
-            array = np.zeros(0)
-        if array.shape[1:] != self.shape:
-            raise UserError(f"{self.id} declares observations of shape {self.shape}, but gave "
-                            f"{', '.join({str(np.shape(x)) for x in obs})}")
-        if self.image:
-            return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
-        return array.reshape(len(array), -1)
+        if wrong := {np.shape(x) for x in obs} - {self.shape}:
+            raise UserError(f"{self.id} observes shape {self.shape}, but gave {wrong}")
+        if not self.image:
+            return np.array(obs, np.float32).reshape(len(obs), -1)
+        array = np.array(obs, np.uint8)
+        return array if self.shape[0] < self.shape[2] else np.moveaxis(array, 3, 1).copy()
 
     def to_tensor(self, array, checked=slice(None)):
         if not np.isfinite(array[checked]).all():

@@ -76,19 +76,24 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def dying(call, function):
+    """The function, but its call-th call dies."""
+    calls = []
+
+    def mortal(*args):
+        calls.append(1)
+        return die() if len(calls) == call else function(*args)
+
+    return mortal
+
+
 def die_in_step(call):
     """Die in the call-th step of the vector environment that the script makes its own of."""
     import gymnasium as gym
 
     class Mortal(gym.vector.SyncVectorEnv):
         def __init_subclass__(cls):
-            step, calls = cls.step, []
-
-            def mortal(self, actions):
-                calls.append(1)
-                return die() if len(calls) == call else step(self, actions)
-
-            cls.step = mortal
+            cls.step = dying(call, cls.step)
 
     gym.vector.SyncVectorEnv = Mortal
 
@@ -111,10 +116,4 @@ def die_in_save(call):
 
 def die_in_rename(call):
     """Die between writing a file and putting it in place."""
-    replace, calls = os.replace, []
-
-    def mortal(source, target):
-        calls.append(1)
-        return die() if len(calls) == call else replace(source, target)
-
-    os.replace = mortal
+    os.replace = dying(call, os.replace)

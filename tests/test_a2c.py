@@ -160,16 +160,6 @@ def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(monkeypatch):
     assert min(g.norm().item() for _, g, _ in steps) > 0.1
 
 
-@pytest.mark.parametrize("anneal", [True, False])
-def test_the_learning_rate_falls_linearly_to_0(anneal, monkeypatch):
-    rates, step = [], torch.optim.RMSprop.step
-    monkeypatch.setattr(torch.optim.RMSprop, "step", lambda self, *args: (
-        rates.append(float(self.param_groups[0]["lr"])), step(self, *args))[1])
-    train("probes:Counter-v0", total_timesteps=160, anneal=anneal, learning_rate=1e-3)
-    remaining = [1 - k / 10 if anneal else 1 for k in range(10)]  # start 1, middle 0.5, end 0.1
-    assert rates == pytest.approx([1e-3 * x for x in remaining])
-
-
 # Statistics.
 
 

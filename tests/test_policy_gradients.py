@@ -91,3 +91,29 @@ def test_the_entropy_bonus_keeps_a_policy_undecided(module):
     start, arms = torch.zeros(2, 1), torch.arange(2)
     assert undecided.evaluate_actions(start, arms)[1][0] > 0.99 * math.log(2)
     assert decided.evaluate_actions(start, arms)[1][0] < 0.9 * math.log(2)
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+@pytest.mark.parametrize("module, optimizer, steps", [
+    (reinforce, torch.optim.Adam, 200), (a2c, torch.optim.RMSprop, 160)])
+def test_each_batch_takes_one_step_whose_size_falls_linearly_to_0(
+        module, optimizer, steps, anneal, monkeypatch):
+    rates, step = [], optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda self, *args: (
+        rates.append(float(self.param_groups[0]["lr"])), step(self, *args))[1])
+    train(module, "probes:Counter-v0", total_timesteps=steps, anneal=anneal, learning_rate=1e-3)
+    remaining = [1 - k / 10 if anneal else 1 for k in range(10)]  # start 1, middle 0.5, end 0.1
+    assert rates == pytest.approx([1e-3 * x for x in remaining])
+
+
+@pytest.mark.parametrize("module, env", [(reinforce, "CartPole-v1"), (ppo, "Pendulum-v1")])
+def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(module, env, monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (norms.append(
+        torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item()),
+        step(self, *args))[1])
+    train(module, env, total_timesteps=256, max_grad_norm=1e-3)
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-4)
+    norms.clear()
+    train(module, env, total_timesteps=256, max_grad_norm=1e9)
+    assert min(norms) > 0.1
