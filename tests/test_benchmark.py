@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import NAMES, ROOT, TESTS, flags, small
 
 sys.path.insert(0, str(TESTS / "benchmark"))
@@ -75,7 +76,11 @@ def test_a_record_of_an_earlier_version_is_marked_and_run_again(tmp_path):
     assert "`ppo.py` †" in benchmark.table([row], tmp_path)
 
 
-def test_a_missing_peer_is_a_clear_line():
-    done = subprocess.run([sys.executable, TESTS / "benchmark/compare.py", "--peer-python", "/no"],
+@pytest.mark.parametrize("words, part", [
+    (["compare.py", "--peer-python", "/no"], "/no"), (["gpu.py"], "no CUDA device")])
+def test_a_missing_peer_or_gpu_is_a_clear_line(words, part):
+    if words == ["gpu.py"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, TESTS / "benchmark" / words[0], *words[1:]],
                           capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "/no" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and part in done.stderr

@@ -91,6 +91,31 @@ def bars(path):
     save(figure, path)
 
 
+def growth(path):
+    """Steps per second against one setting at a time."""
+    lines = collections.defaultdict(list)
+    with open(HERE / "results/growth.csv") as file:
+        for row in csv.DictReader(file):
+            lines[row["setting"], row["script"], row["flags"]].append(
+                (float(row["value"]), float(row["steps_per_second"])))
+    names = list(dict.fromkeys(name for name, _, _ in lines))
+    figure = Figure((3.2 * len(names), 3), layout="constrained")
+    panels = dict(zip(names, figure.subplots(1, len(names), sharey=True)))
+    for (name, script, flags), points in lines.items():
+        x, y = zip(*points)
+        asynchronous = "--asynchronous" in flags
+        panels[name].plot(x, y, "o--" if asynchronous else "o-", color=COLORS[script],
+                          label=script + " --asynchronous" * asynchronous)
+        panels[name].set(xlabel=name, xscale="log", yscale="log", xticks=x, ylim=(1e3, 1e5))
+        panels[name].set_xticks(x, [f"{v:g}" if v < 1e6 else "1e6" for v in x], fontsize=8)
+        panels[name].minorticks_off()
+        panels[name].grid(alpha=0.2)
+        panels[name].set_title(f"{script}.py", fontsize=11)
+    panels["processes"].legend(fontsize=8, frameon=False, labelcolor=GREY, loc="lower center")
+    panels[names[0]].set_ylabel("steps per second")
+    save(figure, path)
+
+
 def save(figure, path):
     figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
 
