@@ -79,9 +79,10 @@ class Args:
         apply_settings(self, given)
 
 
-SMALL = dict(total_timesteps=20_000, learning_starts=500, batch_size=64, hidden_size=64)
+SMALL = dict(learning_starts=500, batch_size=64, hidden_size=64)
 PRESETS = {  # settings that are known to work; keys may be patterns
-    "Pendulum-v1": SMALL | dict(gamma=0.98), "InvertedPendulum-v5": SMALL,
+    "Pendulum-v1": SMALL | dict(total_timesteps=20_000, gamma=0.98),
+    "InvertedPendulum-v5": SMALL | dict(total_timesteps=50_000),
     "Reacher-v5": dict(total_timesteps=100_000, learning_starts=1000, batch_size=128,
                        hidden_size=128),
     "HalfCheetah-v5": dict(learning_starts=5000, batch_size=128)}

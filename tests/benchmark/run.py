@@ -89,7 +89,7 @@ OBJECTIVES = [Row("ppo", env, steps, seeds=range(1, 4), flags=flags)
 # DDPG with each of its maximizers; policies inside the model with each horizon (the preset has 8).
 MAXIMIZERS = [Row("ddpg", "Pendulum-v1", 20_000, flags=f"--maximizer {maximizer}", episodes=500)
               for maximizer in ("actor", "random", "cem")] + [
-    Row("ddpg", "InvertedPendulum-v5", 20_000, seeds=range(1, 4), flags=f"--maximizer {maximizer}")
+    Row("ddpg", "InvertedPendulum-v5", 50_000, seeds=range(6, 9), flags=f"--maximizer {maximizer}")
     for maximizer in ("actor", "cem")]
 HORIZONS = [Row("mbrl_mpc", "Pendulum-v1", 4_000, seeds=range(1, 4),
                 flags=f"--planner policy --horizon {horizon}") for horizon in (3, 8, 20)]
