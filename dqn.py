@@ -17,8 +17,8 @@ transitions from a replay buffer, with next values of a target network, a slowly
      --exploration boltzmann, samples of softmax(Q(obs, .) / temperature)
 (6)  P(i) = 1 / N and importance = 1 for all N transitions in the buffer; or, with --prioritized,
      P(i) = priorities[i] / sum_j priorities[j] with priorities = (|td_errors| + 1e-6)^alpha, where
-     td_errors = Q(obs, actions) - td_target, and importance = (N * P(i))^-beta / (its maximum in
-     the batch)
+     td_errors = Q(obs, actions) - td_target (a new transition has the highest priority so far),
+     and importance = (N * P(i))^-beta / (its maximum in the batch)
 (7)  with --dueling: Q(obs, a) = V(obs) + A(obs, a) - mean_a A(obs, a)
 
     repeat
@@ -36,9 +36,9 @@ does not.
 
     python dqn.py --env Acrobot-v1
 """
-import argparse, collections, contextlib, csv, fnmatch, functools, json, math, os, pathlib
+import argparse, collections, contextlib, csv, fnmatch, functools, io, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 import gymnasium as gym
 import numpy as np
@@ -66,14 +66,14 @@ class Args:
     # The algorithm.
     buffer_size: int = arg(100_000, "transitions in the replay buffer", 1, 2**53)
     batch_size: int = arg(128, "transitions in an update", 1)
-    learning_starts: int = arg(1000, "steps with random actions before learning", 0)
+    learning_starts: int = arg(1000, "steps of random actions before learning", 0)
     train_every: int = arg(1, "steps of each environment between rounds of updates", 1)
     num_updates: int = arg(4, "updates in a round", 1)
     learning_rate: float = arg(6e-4, "step size of Adam", 0)
     anneal: bool = arg(True, "lower learning_rate linearly to 0")
     gamma: float = arg(0.99, "discount factor", 0, 1)
     target_every: int = arg(250, "steps between copies to the target network; 0: use tau (4)", 0)
-    tau: float = arg(0.005, "step of the target network at each update if target_every is 0", 0, 1)
+    tau: float = arg(0.005, "if target_every is 0: step of the target network at each update", 0, 1)
     exploration: typing.Literal["epsilon", "boltzmann"] = arg("epsilon", "epsilon or boltzmann (5)")
     exploration_start: float = arg(1.0, "epsilon or temperature at the start", 0)
     exploration_end: float = arg(0.05, "epsilon or temperature at the end", 0)
@@ -92,8 +92,8 @@ class Args:
 
 
 CONTROL = dict(buffer_size=50_000, exploration_end=0.1, exploration_fraction=0.12)
-PRESETS = {  # settings that are known to work (for ALE, in the literature); keys may be patterns
-    # A small buffer soon holds many falls again, should the policy forget how to avoid them.
+PRESETS = {  # settings that are known to work (for ALE elsewhere, with clipped rewards)
+    # In a small buffer, failures soon reappear if the policy forgets how to avoid them.
     "CartPole-v1": dict(total_timesteps=50_000, num_envs=8, train_every=32, num_updates=64,
                         buffer_size=10_000, learning_rate=2e-3, target_every=0, tau=0.01, n_step=3,
                         hidden_size=128),
@@ -104,7 +104,8 @@ PRESETS = {  # settings that are known to work (for ALE, in the literature); key
     "LunarLander-v3": CONTROL | dict(total_timesteps=300_000),
     "*ALE/*": dict(total_timesteps=10_000_000, num_envs=8, batch_size=32, learning_starts=80_000,
                    train_every=4, num_updates=8, learning_rate=1e-4, target_every=8000,
-                   exploration_end=0.01, exploration_fraction=0.1)}
+                   exploration_end=0.01, exploration_fraction=0.1,
+                   checkpoint_every=1_000_000)}  # of up to 6 GB
 ACTION_SPACES = "Discrete",
 
 
@@ -152,7 +153,7 @@ class Agent(nn.Module):
         else:
             encoder = [Scale(obs_space)] if args.scale_obs else []
             sizes = [obs_space.shape[0], args.hidden_size, args.hidden_size]
-        outputs = self.num_actions + (1 if args.dueling else 0)  # A, or Q, and V
+        outputs = self.num_actions + (1 if args.dueling else 0)  # Q, or V and A
         self.q_network = nn.Sequential(*encoder, *mlp(*sizes, outputs))
 
     def q_values(self, obs):
@@ -299,7 +300,7 @@ def train(args, resume=""):
     optimizer = torch.optim.Adam([weights], learning_rate, fused=True,
                                  capturable=device.type == "cuda")
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, envs.obs_space, device)
-    # Each process has a buffer of its own. A checkpoint holds the first one; all resume from it.
+    # Each process has its own buffer. A checkpoint holds the first one's, and all resume from it.
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
 
     def update(obs, actions, returns, next_obs, terminations, discounts, importance):
@@ -379,7 +380,7 @@ def apply_settings(args, given):
     env = str(given.get("env", args.env))
     preset = next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(env, key)), {})
     if unknown := given.keys() - {f.name for f in fields(args)}:
-        raise UserError(f"there is no setting {', '.join(unknown)}")
+        raise UserError(f"{NAME} has no setting {', '.join(unknown)}")
     for f in fields(args):
         value, kind = given.get(f.name, preset.get(f.name, f.default)), type(f.default)
         (low, high), choices = f.metadata["limits"], typing.get_args(f.type)
@@ -445,9 +446,9 @@ def flatten_parameters(module):
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
-    sizes = [p.numel() for p in parameters]
-    for p, data, grad in zip(parameters, vector.split(sizes), vector.grad.split(sizes)):
-        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    nn.utils.vector_to_parameters(vector, parameters)
+    for p, grad in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+        p.grad = grad.view_as(p)
     return vector
 
 
@@ -476,17 +477,19 @@ def cuda_graph(function, device):
 
 
 def box_bounds(space):
-    """Low, high, center and half-width of a flattened Box (size,); 0 and 1 where unbounded."""
+    """Low, high, center and half-width of a flattened Box (size,).
+
+    Where a bound is missing, the center is the allowed number nearest to 0, the half-width 1."""
     low, high = (torch.tensor(x, dtype=torch.float32).flatten() for x in (space.low, space.high))
     bounded = (high - low).isfinite() & (high > low)
-    center = torch.where(bounded, (low + high) / 2, 0.0)
+    center = torch.where(bounded, (low + high) / 2, 0.0).clamp(low, high)
     return low, high, center, torch.where(bounded, (high - low) / 2, 1.0)
 
 
 def make_env(env_id, wrappers=(), **kwargs):
     """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
-    OPENED.append(env)  # now, as a wrapper may fail
+    OPENED.append(env)
     if "ALE/" in env_id:
         env = gym.wrappers.AtariPreprocessing(env)
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
@@ -494,7 +497,6 @@ def make_env(env_id, wrappers=(), **kwargs):
         env = wrapper(env)
     if not isinstance(env.observation_space, gym.spaces.Box):
         env = gym.wrappers.FlattenObservation(env)
-    OPENED.append(env)
     return env
 
 
@@ -526,19 +528,18 @@ class VecEnv:
         if atari and not kwargs and not wrappers:  # in C++ threads
             self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
                                      reward_clipping=False, autoreset_mode="SameStep")
-            OPENED.append(self.envs)
         else:
             self.envs = SyncVectorEnv([lambda: make_env(env_id, wrappers, **kwargs)] * num_envs,
                                       autoreset_mode="SameStep")
-        self.id, self.device, self.episodes = env_id, device, []
-        space, actions = self.envs.single_observation_space, self.envs.single_action_space
+        OPENED.append(self.envs)
+        space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+        self.id, self.device, self.shape, self.episodes = env_id, device, space.shape, []
+        kind = type(self.action_space).__name__
         if not isinstance(space, gym.spaces.Box):
             raise UserError(f"{env_id} observes {space}, which has no fixed size")
-        kind = type(actions).__name__
-        if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
+        if kind not in ACTION_SPACES or kind == "Box" and self.action_space.dtype.kind != "f":
             raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
-                            f"{actions}; ppo takes Discrete and floating-point Box actions")
-        self.action_space, self.shape = actions, space.shape
+                            f"{self.action_space}; ppo takes Discrete and float Box actions")
         self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
@@ -597,11 +598,10 @@ def load_checkpoint(folder, device="cpu", **modules):
     path = pathlib.Path(folder, "checkpoint.pt")
     try:
         saved = torch.load(path, device, weights_only=True)
-        if unknown := saved["args"].keys() - {f.name for f in fields(Args)}:
-            raise ValueError(f"another script or version wrote it, with {', '.join(unknown)}")
+        Args(**saved["args"])  # refuses those of another script
         for name, module in modules.items():
-            for group in saved[name].get("param_groups", ()):  # perhaps of another device
-                group["capturable"] = torch.device(device).type == "cuda"
+            if isinstance(module, torch.optim.Optimizer):  # its settings are those of args
+                saved[name]["param_groups"] = module.state_dict()["param_groups"]
             module.load_state_dict(saved[name])
     except Exception as error:
         raise UserError(f"cannot load {path}: {type(error).__name__}: {error}") from error
@@ -615,48 +615,38 @@ class Run:
 
     def __init__(self, args, envs, resume, **modules):
         self.args, self.envs, self.modules, self.writer = args, envs, modules, None
-        saved = dict(step=0, history=[], recent=[], seconds=0)
+        saved = dict(args=vars(args), step=0, history=[], recent=[], seconds=0)
         if resume:
             saved = load_checkpoint(resume, envs.device, **modules)
-            if args.total_timesteps < min(saved["step"], saved["args"]["total_timesteps"]):
-                raise UserError(f"{resume} is at step {saved['step']:,} already, beyond "
-                                f"total_timesteps {args.total_timesteps:,}")
-        self.step, self.history = saved["step"], saved["history"]
-        self.recent = collections.deque(saved["recent"], maxlen=20)  # the last of envs.episodes
-        self.start_time = time.time() - saved["seconds"]
-        self.saved_step = self.saved_time = -math.inf
+        self.step, self.history, self.recent = saved["step"], saved["history"], saved["recent"]
+        self.start_time, self.next_save = time.time() - saved["seconds"], 0
+        if args.total_timesteps < min(self.step, saved["args"]["total_timesteps"]):
+            raise UserError(f"{resume} is at step {self.step:,}, beyond {args.total_timesteps:,}")
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
             exists = os.path.exists(self.folder / "checkpoint.pt")
             if exists and not (resume and self.folder.samefile(resume)):
                 raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
-            with self.file("args.json") as path:
-                path.write_text(json.dumps(asdict(args), indent=2))
+            self.write("args.json", lambda path: path.write_text(json.dumps(vars(args), indent=2)))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
                 OPENED.append(self.writer)
         if RANK == 0:
-            print(f"{NAME} on {envs.device}:", {name: value for name, value in asdict(args).items()
+            print(f"{NAME} on {envs.device}:", {name: value for name, value in vars(args).items()
                                                 if value != getattr(Args, name)}, flush=True)
         # A resumed run starts new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
-    @contextlib.contextmanager
-    def file(self, name):
-        """A path to write to, renamed in the end, so that a kill cannot leave half a file."""
+    def write(self, name, save):
+        """Call save(path), and rename the file in the end: a kill cannot leave half of it."""
         path, part = self.folder / name, self.folder / f"{name}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            yield part
+            save(part)
             os.replace(part, path)
         except (OSError, RuntimeError) as error:  # torch.save does not say why it failed
             raise UserError(f"cannot write {path}; is the disk full? {error}") from error
-
-    @classmethod
-    def request_stop(cls, number, frame):
-        cls.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
         """Call once per iteration: save if a checkpoint is due, stop if a signal asked for it."""
@@ -667,24 +657,23 @@ class Run:
             if self.folder:
                 print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
             raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
-        every = self.args.checkpoint_every
-        if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
+        if (self.step if self.args.checkpoint_every else time.time()) >= self.next_save:
             self.save()
 
     def save(self):
-        self.saved_step, self.saved_time = self.step, time.time()
+        every = self.args.checkpoint_every
+        self.next_save = self.step + every if every else time.time() + 60
         state = {name: module.state_dict() for name, module in self.modules.items()}
         if not all(value.isfinite().all() for value in state["agent"].values()):
             raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            state |= dict(args=asdict(self.args), step=self.step, history=self.history,
-                          recent=list(self.recent), seconds=time.time() - self.start_time)
-            with self.file("checkpoint.pt") as path:
-                torch.save(state, path)
+            state |= dict(args=vars(self.args), step=self.step, history=self.history,
+                          recent=self.recent, seconds=time.time() - self.start_time)
+            self.write("checkpoint.pt", lambda path: torch.save(state, path))
 
     def log(self, **metrics):
         """At most 200 times a run, add a row of metrics to the history and print the progress."""
-        self.recent += self.envs.episodes
+        self.recent = (self.recent + self.envs.episodes)[-20:]
         self.envs.episodes.clear()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
@@ -697,9 +686,9 @@ class Run:
                                         episode_return=score, episode_length=length) | metrics)
         if self.folder:
             columns = dict.fromkeys(name for row in self.history for name in row)
-            with self.file("metrics.csv") as path, open(path, "w") as file:
-                table = csv.DictWriter(file, columns, lineterminator="\n")
-                table.writeheader(), table.writerows(self.history)
+            table = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
+            table.writeheader(), table.writerows(self.history)
+            self.write("metrics.csv", lambda path: path.write_text(text.getvalue()))
         for name, value in row.items() if self.writer else ():
             self.writer.add_scalar(name, value, self.step)
         if RANK == 0:
@@ -723,8 +712,7 @@ class Run:
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        with self.file("learning_curve.png") as path:
-            axes.figure.savefig(path, format="png")
+        self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
 
 
 @clean_up()
@@ -763,74 +751,76 @@ def evaluate(agent, args, episodes=100, **kwargs):
 
 def parse_args():
     """The command line: what to do, and the settings that are given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage="%(prog)s [--env ENV] [...]", argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [--env ENV] [...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{NAME}.py: {message}\n")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", metavar="RUN", help="resume an interrupted run")
-    group.add_argument("--evaluate", metavar="RUN", help="score the agent of a run")
-    parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
-    parser.add_argument("--video", default=False, action="store_true", help="film an episode")
-    parser.add_argument("--render", default=False, action="store_true", help="show an episode")
+    group.add_argument("--resume", metavar="RUN", type=pathlib.Path, help="resume a stopped run")
+    group.add_argument("--evaluate", metavar="RUN", type=pathlib.Path, help="score a run's agent")
+    parser.add_argument("--episodes", help="episodes to score (100)", default=100, type=int)
+    parser.add_argument("--video", help="film an episode", action="store_true")
+    parser.add_argument("--render", help="show an episode", action="store_true")
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=f"{f.metadata['help']} ({f.default})")
-    todo = parser.parse_args()
-    given = {f.name: vars(todo).pop(f.name) for f in fields(Args) if f.name in todo}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} ({f.default})", **kind)
+    options = parser.parse_args()
+    given = {f.name: getattr(options, f.name) for f in fields(Args) if f.name in options}
     for name in given:
-        if "resume" in todo and name == "run_dir" or "evaluate" in todo and name not in (
+        if options.resume and name == "run_dir" or options.evaluate and name not in (
                 "env", "seed", "device", "threads"):
             parser.error(f"{name} has no effect here")
-    if todo.episodes < 1:
+    if options.episodes < 1:
         parser.error("episodes is at least 1")
-    return todo, given
+    return options, given
 
 
 def main():
+    def request_stop(number, frame):
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one kills
+
     sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Env-v0 may be
     np.seterr(over="ignore")  # what overflows becomes inf, which VecEnv refuses
-    todo, given = parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, Run.request_stop)
+    options, given = parse_args()
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
     try:
-        folder = vars(todo).get("resume", vars(todo).get("evaluate"))
-        if folder is not None:
-            given = load_checkpoint(folder)["args"] | given | {"run_dir": folder}
+        folder = options.resume or options.evaluate  # a Path, which is true even if it is empty
+        if folder:
+            given = load_checkpoint(folder)["args"] | given | dict(run_dir=folder)
         args, trained = Args(**given), ""
-        if "evaluate" in todo:
-            agent, args = load_agent(folder, **given)
+        if options.evaluate:
+            agent, _ = load_agent(folder, **given)
         else:
-            name = re.sub("[:/]", "-", args.env), NAME, args.seed, time.time_ns() // 10**6
-            args.run_dir = args.run_dir or "runs/{}__{}__{}__{}".format(*name)
-            agent, history = train(args, folder or "")
+            args.run_dir = args.run_dir or "runs/{}__{}__{}__{}".format(
+                re.sub("[:/]", "-", args.env), NAME, args.seed, time.time_ns() // 10**6)
+            agent, history = train(args, folder)
             step, seconds = history[-1]["step"], history[-1]["seconds"]
             trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
         if WORLD_SIZE > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if RANK == 0:
-            returns = evaluate(agent, args, todo.episodes)
+            returns = evaluate(agent, args, options.episodes)
             print(f"{args.env}: return {returns.mean():.1f} +/- {returns.std():.1f} over "
                   f"{len(returns)} episodes{trained}; {args.run_dir}", flush=True)
-            if todo.video:
+            if options.video:
                 film = functools.partial(gym.wrappers.RecordVideo, episode_trigger=lambda i: i == 0,
                                          video_folder=f"{args.run_dir}/videos")
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
-            if todo.render:
+            if options.render:
                 evaluate(agent, args, 1, render_mode="human")
     except (UserError, FloatingPointError, ImportError, gym.error.Error, BrokenPipeError) as error:
         print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Exception as error:  # of the environment, as a rule: its author needs the traceback
-        hint = "; without a display MuJoCo needs MUJOCO_GL=egl" * (todo.video or todo.render)
+        hint = "; without a display MuJoCo needs MUJOCO_GL=egl" * (options.video or options.render)
         print(f"{NAME}.py: {args.env} failed: {error}{hint}", file=sys.stderr)
         traceback.print_exc()
         sys.exit(2)
 
 
 train = clean_up()(train)  # here, as a decorator above would need the plumbing to come first
-
 
 if __name__ == "__main__":
     main()

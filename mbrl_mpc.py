@@ -10,20 +10,21 @@ ensemble; the members disagree where data are scarce.
 (1)  member e predicts delta ~ Normal(mean_e, exp(log_var_e / 2)), where delta is (next_obs - obs,
      rewards), normalized, and P(termination) = sigmoid(logit_e), all functions of (obs, actions)
 (2)  model_loss = E[w * ((delta - mean)^2 / exp(log_var) + log_var) / 2 - log P(terminations)]
-     with w = exp(log_var), detached: without it, what is predicted well takes most of the gradient
-     (beta-NLL with beta = 1, arXiv:2203.09168)
+     with w = exp(log_var) as a constant: without w, the numbers that are predicted best dominate
+     the gradient (beta-NLL with beta = 1, arXiv:2203.09168)
 (3)  next_obs = obs + delta with delta = mean_e + exp(log_var_e / 2) * noise, no longer normalized;
      the reward has no noise. A particle follows a new random member e at every step (ts1) or the
      same one throughout (tsinf)
 (4)  returns = sum over t < horizon of gamma^t * alive[t] * rewards[t], plus, with terminal_value,
      gamma^horizon * alive[horizon] * V(obs[horizon]); alive[t+1] = alive[t] * (1 - P(termination))
 (5)  cem: plans = mean + std * noise within the bounds, the noise correlated over time; then mean
-     and std become those of the elites, the best plans. random: the best of uniform plans
+     and std become those of the elites, the best plans, but std at least a tenth of the first.
+     random: the best of uniform plans
 (6)  value_loss = E[(V(obs) - rewards - gamma * (1 - terminations) * target_V(next_obs))^2]; at the
      start of each round target_V is a copy of V, then target_V = target_V + tau * (V - target_V)
 (7)  policy: policy_loss = -E[returns of policy(obs)] + ACTOR_PENALTY * E[actor(obs)^2] and
      value_loss = E[(V(obs) - returns)^2], where (4) ends with target_V; all returns and V in (6)
-     and (7) are divided by return_unit
+     and (7) are divided by return_unit, the size of a typical return
 
     repeat
         take num_steps steps of each environment: improve the plans in `rounds` rounds of (5) and
@@ -31,18 +32,18 @@ ensemble; the members disagree where data are scarce.
         take num_updates Adam steps on (2); each member draws a new bootstrap of all data
         take num_updates Adam steps on (7) with a policy, or on (6) with terminal_value
 
-Levine's CS 285 has these versions: 0.5 plans with a model of random data only (--learning-starts
-and --total-timesteps equal); 1.0 also learns from the data that its plans collect, but follows each
-plan for many steps (--replan-every 10); 1.5 plans again at every step (with an ensemble: PETS, Chua
-et al. 2018, arXiv:1805.12114); 2.0 is --planner policy (SVG, Heess et al. 2015, arXiv:1510.09142,
-with Dreamer's V, arXiv:1912.01603). A time limit (truncation) bootstraps from V(next_obs); only a
-termination does not.
+Levine's CS 285 numbers the versions of model-based RL: 0.5 plans with a model of random data only
+(--learning-starts and --total-timesteps equal); 1.0 also learns from the data that its plans
+collect, but follows each plan for many steps (--replan-every 10); 1.5 plans again at every step
+(with an ensemble: PETS, Chua et al. 2018, arXiv:1805.12114); 2.0 is --planner policy (SVG, Heess et
+al. 2015, arXiv:1510.09142, with Dreamer's V, arXiv:1912.01603). A time limit (truncation)
+bootstraps from V(next_obs); only a termination does not.
 
     python mbrl_mpc.py --env Pendulum-v1 --planner policy
 """
-import argparse, collections, contextlib, csv, fnmatch, functools, json, math, os, pathlib
+import argparse, collections, contextlib, csv, fnmatch, functools, io, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 import gymnasium as gym
 import numpy as np
@@ -76,18 +77,18 @@ class Args:
     learning_rate: float = arg(1e-3, "step size of Adam, lowered linearly to 0 in each round", 0)
     hidden_size: int = arg(200, "units in each of the two hidden layers", 1)
     ensemble_size: int = arg(5, "members of the ensemble", 1)
-    num_particles: int = arg(5, "particles of a return, equally many for each member", 1)
+    num_particles: int = arg(5, "particles of each plan, equally many for each member", 1)
     propagation: typing.Literal["ts1", "tsinf"] = arg("ts1", "ts1 or tsinf (3)")
-    horizon: int = arg(25, "imagined steps of a return", 1)
+    horizon: int = arg(25, "steps that the model looks ahead", 1)
     gamma: float = arg(0.99, "discount factor", 0, 1)
     terminal_value: bool = arg(False, "add the value of the last imagined state (4)")
     tau: float = arg(0.1, "step of target_V towards V after each update", 0, 1)
     sigma: float = arg(0.5, "std of cem's first plans and of policy noise; 1: half the range", 0)
     replan_every: int = arg(1, "steps that a plan is followed", 1)
-    population: int = arg(200, "plans in a round of cem, or random plans", 1)
+    population: int = arg(200, "plans in a round of cem, or random plans", 2)
     elites: int = arg(20, "best plans of a round of cem", 1)
     rounds: int = arg(3, "rounds of cem", 1)
-    correlation: float = arg(0.7, "correlation of successive actions of random plans", 0, 0.99)
+    correlation: float = arg(0.7, "correlation of the noise of successive actions (5)", 0, 0.99)
 
     def __init__(self, **given):
         if given.get("planner") == "policy":
@@ -187,16 +188,16 @@ class Agent(nn.Module):
             raise UserError(f"{NAME} predicts vectors, not images; ppo takes images")
         if self.discrete and args.planner == "policy":
             raise UserError(f"policy needs Box actions, {args.env} has Discrete; use --planner cem")
-        if args.elites > args.population and args.planner == "cem":
-            raise UserError(f"elites is {args.elites}, but population only {args.population}")
+        if args.elites >= args.population and args.planner == "cem":
+            raise UserError(f"elites is {args.elites}, not less than population {args.population}")
         if args.num_particles % args.ensemble_size:
             raise UserError(f"{args.num_particles} particles cannot be shared equally by "
                             f"{args.ensemble_size} members; set --num-particles")
         if args.replan_every > args.horizon:
             raise UserError(f"replan_every is {args.replan_every}, but horizon only {args.horizon}")
         obs_size, action_size = obs_space.shape[0], gym.spaces.flatdim(action_space)
-        one_hot = torch.tensor([[0], [1], [1 / action_size], [1]]).expand(4, action_size)
-        bounds = one_hot if self.discrete else box_bounds(action_space)
+        one_hot_bounds = torch.tensor([[0], [1], [1 / action_size], [1]]).expand(4, action_size)
+        bounds = one_hot_bounds if self.discrete else box_bounds(action_space)
         buffer = functools.partial(nn.Buffer, persistent=False)
         self.low, self.high, self.center, self.scale = map(buffer, bounds)
         t = torch.arange(args.horizon)  # noise[t] and noise[u] correlate by correlation^|t - u|
@@ -255,10 +256,12 @@ class Agent(nn.Module):
                 obs, alive = obs[orders[t]], alive[orders[t]]
             actions = act(t, obs).expand(P, -1, -1)
             obs, rewards, p_termination = self.model.predict(obs, actions, noise[t])
-            returns = returns + gamma ** t * (alive * rewards).mean(0)                      # (4)
+            rewards = torch.where(alive > 0, alive * rewards, 0.0)  # 0 * NaN would be NaN
+            returns = returns + gamma ** t * rewards.mean(0)                                # (4)
             alive = alive * (1 - p_termination)
         if self.args.terminal_value:
-            returns = returns + gamma ** self.args.horizon * (alive * self.value(obs)).mean(0)
+            values = torch.where(alive > 0, alive * self.value(obs), 0.0)
+            returns = returns + gamma ** self.args.horizon * values.mean(0)
         return returns
 
     def plan(self, obs, mean, plan_noise, noise, orders):
@@ -281,15 +284,13 @@ class Agent(nn.Module):
         """Forget the plans where an episode starts (N,)."""
         if self.plans is None or len(self.plans) != len(episode_starts):
             self.plans = self.center.expand(self.args.horizon, -1)
-            episode_starts = torch.ones_like(episode_starts)
-            self.steps_left = torch.zeros_like(episode_starts)  # until the next plan (N,)
-        if episode_starts.any():
-            self.plans = torch.where(episode_starts.view(-1, 1, 1) > 0, self.center, self.plans)
-            self.steps_left = torch.where(episode_starts > 0, 0, self.steps_left)
+            self.steps_left = episode_starts = torch.ones_like(episode_starts)
+        self.plans = torch.where(episode_starts.view(-1, 1, 1) > 0, self.center, self.plans)
+        self.steps_left = torch.where(episode_starts > 0, 0, self.steps_left)  # to the next plan
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False):
-        """Actions (N,) or (N, A) for obs (N, obs_size), by the policy or from plans."""
+        """Actions (N,) or (N, A) for obs (N, obs_size); call reset where an episode starts."""
         if self.args.planner == "policy":
             actions = self.policy(obs)
             if not deterministic:
@@ -359,7 +360,7 @@ def train(args, resume=""):
     model_optimizer, optimizer = (  # on a GPU, graphs read the learning rate from a tensor
         torch.optim.Adam([x], torch.tensor(args.learning_rate, device=device), fused=True,
                          capturable=device.type == "cuda") for x in (model_weights, weights))
-    dataset = Dataset()  # each process has its own; checkpoints keep the first one's
+    dataset = Dataset()  # each process has its own; a checkpoint holds the first one's
     run = Run(args, envs, resume, agent=agent, model_optimizer=model_optimizer,
               optimizer=optimizer, dataset=dataset)
 
@@ -451,7 +452,7 @@ def apply_settings(args, given):
     env = str(given.get("env", args.env))
     preset = next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(env, key)), {})
     if unknown := given.keys() - {f.name for f in fields(args)}:
-        raise UserError(f"there is no setting {', '.join(unknown)}")
+        raise UserError(f"{NAME} has no setting {', '.join(unknown)}")
     for f in fields(args):
         value, kind = given.get(f.name, preset.get(f.name, f.default)), type(f.default)
         (low, high), choices = f.metadata["limits"], typing.get_args(f.type)
@@ -517,9 +518,9 @@ def flatten_parameters(module):
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
-    sizes = [p.numel() for p in parameters]
-    for p, data, grad in zip(parameters, vector.split(sizes), vector.grad.split(sizes)):
-        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    nn.utils.vector_to_parameters(vector, parameters)
+    for p, grad in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+        p.grad = grad.view_as(p)
     return vector
 
 
@@ -548,17 +549,19 @@ def cuda_graph(function, device):
 
 
 def box_bounds(space):
-    """Low, high, center and half-width of a flattened Box (size,); 0 and 1 where unbounded."""
+    """Low, high, center and half-width of a flattened Box (size,).
+
+    Where a bound is missing, the center is the allowed number nearest to 0, the half-width 1."""
     low, high = (torch.tensor(x, dtype=torch.float32).flatten() for x in (space.low, space.high))
     bounded = (high - low).isfinite() & (high > low)
-    center = torch.where(bounded, (low + high) / 2, 0.0)
+    center = torch.where(bounded, (low + high) / 2, 0.0).clamp(low, high)
     return low, high, center, torch.where(bounded, (high - low) / 2, 1.0)
 
 
 def make_env(env_id, wrappers=(), **kwargs):
     """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
-    OPENED.append(env)  # now, as a wrapper may fail
+    OPENED.append(env)
     if "ALE/" in env_id:
         env = gym.wrappers.AtariPreprocessing(env)
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
@@ -566,7 +569,6 @@ def make_env(env_id, wrappers=(), **kwargs):
         env = wrapper(env)
     if not isinstance(env.observation_space, gym.spaces.Box):
         env = gym.wrappers.FlattenObservation(env)
-    OPENED.append(env)
     return env
 
 
@@ -598,19 +600,18 @@ class VecEnv:
         if atari and not kwargs and not wrappers:  # in C++ threads
             self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
                                      reward_clipping=False, autoreset_mode="SameStep")
-            OPENED.append(self.envs)
         else:
             self.envs = SyncVectorEnv([lambda: make_env(env_id, wrappers, **kwargs)] * num_envs,
                                       autoreset_mode="SameStep")
-        self.id, self.device, self.episodes = env_id, device, []
-        space, actions = self.envs.single_observation_space, self.envs.single_action_space
+        OPENED.append(self.envs)
+        space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+        self.id, self.device, self.shape, self.episodes = env_id, device, space.shape, []
+        kind = type(self.action_space).__name__
         if not isinstance(space, gym.spaces.Box):
             raise UserError(f"{env_id} observes {space}, which has no fixed size")
-        kind = type(actions).__name__
-        if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
+        if kind not in ACTION_SPACES or kind == "Box" and self.action_space.dtype.kind != "f":
             raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
-                            f"{actions}; ppo takes Discrete and floating-point Box actions")
-        self.action_space, self.shape = actions, space.shape
+                            f"{self.action_space}; ppo takes Discrete and float Box actions")
         self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
@@ -669,11 +670,10 @@ def load_checkpoint(folder, device="cpu", **modules):
     path = pathlib.Path(folder, "checkpoint.pt")
     try:
         saved = torch.load(path, device, weights_only=True)
-        if unknown := saved["args"].keys() - {f.name for f in fields(Args)}:
-            raise ValueError(f"another script or version wrote it, with {', '.join(unknown)}")
+        Args(**saved["args"])  # refuses those of another script
         for name, module in modules.items():
-            for group in saved[name].get("param_groups", ()):  # perhaps of another device
-                group["capturable"] = torch.device(device).type == "cuda"
+            if isinstance(module, torch.optim.Optimizer):  # its settings are those of args
+                saved[name]["param_groups"] = module.state_dict()["param_groups"]
             module.load_state_dict(saved[name])
     except Exception as error:
         raise UserError(f"cannot load {path}: {type(error).__name__}: {error}") from error
@@ -687,48 +687,38 @@ class Run:
 
     def __init__(self, args, envs, resume, **modules):
         self.args, self.envs, self.modules, self.writer = args, envs, modules, None
-        saved = dict(step=0, history=[], recent=[], seconds=0)
+        saved = dict(args=vars(args), step=0, history=[], recent=[], seconds=0)
         if resume:
             saved = load_checkpoint(resume, envs.device, **modules)
-            if args.total_timesteps < min(saved["step"], saved["args"]["total_timesteps"]):
-                raise UserError(f"{resume} is at step {saved['step']:,} already, beyond "
-                                f"total_timesteps {args.total_timesteps:,}")
-        self.step, self.history = saved["step"], saved["history"]
-        self.recent = collections.deque(saved["recent"], maxlen=20)  # the last of envs.episodes
-        self.start_time = time.time() - saved["seconds"]
-        self.saved_step = self.saved_time = -math.inf
+        self.step, self.history, self.recent = saved["step"], saved["history"], saved["recent"]
+        self.start_time, self.next_save = time.time() - saved["seconds"], 0
+        if args.total_timesteps < min(self.step, saved["args"]["total_timesteps"]):
+            raise UserError(f"{resume} is at step {self.step:,}, beyond {args.total_timesteps:,}")
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
             exists = os.path.exists(self.folder / "checkpoint.pt")
             if exists and not (resume and self.folder.samefile(resume)):
                 raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
-            with self.file("args.json") as path:
-                path.write_text(json.dumps(asdict(args), indent=2))
+            self.write("args.json", lambda path: path.write_text(json.dumps(vars(args), indent=2)))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
                 OPENED.append(self.writer)
         if RANK == 0:
-            print(f"{NAME} on {envs.device}:", {name: value for name, value in asdict(args).items()
+            print(f"{NAME} on {envs.device}:", {name: value for name, value in vars(args).items()
                                                 if value != getattr(Args, name)}, flush=True)
         # A resumed run starts new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
-    @contextlib.contextmanager
-    def file(self, name):
-        """A path to write to, renamed in the end, so that a kill cannot leave half a file."""
+    def write(self, name, save):
+        """Call save(path), and rename the file in the end: a kill cannot leave half of it."""
         path, part = self.folder / name, self.folder / f"{name}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            yield part
+            save(part)
             os.replace(part, path)
         except (OSError, RuntimeError) as error:  # torch.save does not say why it failed
             raise UserError(f"cannot write {path}; is the disk full? {error}") from error
-
-    @classmethod
-    def request_stop(cls, number, frame):
-        cls.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
         """Call once per iteration: save if a checkpoint is due, stop if a signal asked for it."""
@@ -739,24 +729,23 @@ class Run:
             if self.folder:
                 print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
             raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
-        every = self.args.checkpoint_every
-        if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
+        if (self.step if self.args.checkpoint_every else time.time()) >= self.next_save:
             self.save()
 
     def save(self):
-        self.saved_step, self.saved_time = self.step, time.time()
+        every = self.args.checkpoint_every
+        self.next_save = self.step + every if every else time.time() + 60
         state = {name: module.state_dict() for name, module in self.modules.items()}
         if not all(value.isfinite().all() for value in state["agent"].values()):
             raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            state |= dict(args=asdict(self.args), step=self.step, history=self.history,
-                          recent=list(self.recent), seconds=time.time() - self.start_time)
-            with self.file("checkpoint.pt") as path:
-                torch.save(state, path)
+            state |= dict(args=vars(self.args), step=self.step, history=self.history,
+                          recent=self.recent, seconds=time.time() - self.start_time)
+            self.write("checkpoint.pt", lambda path: torch.save(state, path))
 
     def log(self, **metrics):
         """At most 200 times a run, add a row of metrics to the history and print the progress."""
-        self.recent += self.envs.episodes
+        self.recent = (self.recent + self.envs.episodes)[-20:]
         self.envs.episodes.clear()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
@@ -769,9 +758,9 @@ class Run:
                                         episode_return=score, episode_length=length) | metrics)
         if self.folder:
             columns = dict.fromkeys(name for row in self.history for name in row)
-            with self.file("metrics.csv") as path, open(path, "w") as file:
-                table = csv.DictWriter(file, columns, lineterminator="\n")
-                table.writeheader(), table.writerows(self.history)
+            table = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
+            table.writeheader(), table.writerows(self.history)
+            self.write("metrics.csv", lambda path: path.write_text(text.getvalue()))
         for name, value in row.items() if self.writer else ():
             self.writer.add_scalar(name, value, self.step)
         if RANK == 0:
@@ -795,8 +784,7 @@ class Run:
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        with self.file("learning_curve.png") as path:
-            axes.figure.savefig(path, format="png")
+        self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
 
 
 @clean_up()
@@ -835,74 +823,76 @@ def evaluate(agent, args, episodes=100, **kwargs):
 
 def parse_args():
     """The command line: what to do, and the settings that are given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage="%(prog)s [--env ENV] [...]", argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [--env ENV] [...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{NAME}.py: {message}\n")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", metavar="RUN", help="resume an interrupted run")
-    group.add_argument("--evaluate", metavar="RUN", help="score the agent of a run")
-    parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
-    parser.add_argument("--video", default=False, action="store_true", help="film an episode")
-    parser.add_argument("--render", default=False, action="store_true", help="show an episode")
+    group.add_argument("--resume", metavar="RUN", type=pathlib.Path, help="resume a stopped run")
+    group.add_argument("--evaluate", metavar="RUN", type=pathlib.Path, help="score a run's agent")
+    parser.add_argument("--episodes", help="episodes to score (100)", default=100, type=int)
+    parser.add_argument("--video", help="film an episode", action="store_true")
+    parser.add_argument("--render", help="show an episode", action="store_true")
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=f"{f.metadata['help']} ({f.default})")
-    todo = parser.parse_args()
-    given = {f.name: vars(todo).pop(f.name) for f in fields(Args) if f.name in todo}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} ({f.default})", **kind)
+    options = parser.parse_args()
+    given = {f.name: getattr(options, f.name) for f in fields(Args) if f.name in options}
     for name in given:
-        if "resume" in todo and name == "run_dir" or "evaluate" in todo and name not in (
+        if options.resume and name == "run_dir" or options.evaluate and name not in (
                 "env", "seed", "device", "threads"):
             parser.error(f"{name} has no effect here")
-    if todo.episodes < 1:
+    if options.episodes < 1:
         parser.error("episodes is at least 1")
-    return todo, given
+    return options, given
 
 
 def main():
+    def request_stop(number, frame):
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one kills
+
     sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Env-v0 may be
     np.seterr(over="ignore")  # what overflows becomes inf, which VecEnv refuses
-    todo, given = parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, Run.request_stop)
+    options, given = parse_args()
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
     try:
-        folder = vars(todo).get("resume", vars(todo).get("evaluate"))
-        if folder is not None:
-            given = load_checkpoint(folder)["args"] | given | {"run_dir": folder}
+        folder = options.resume or options.evaluate  # a Path, which is true even if it is empty
+        if folder:
+            given = load_checkpoint(folder)["args"] | given | dict(run_dir=folder)
         args, trained = Args(**given), ""
-        if "evaluate" in todo:
-            agent, args = load_agent(folder, **given)
+        if options.evaluate:
+            agent, _ = load_agent(folder, **given)
         else:
-            name = re.sub("[:/]", "-", args.env), NAME, args.seed, time.time_ns() // 10**6
-            args.run_dir = args.run_dir or "runs/{}__{}__{}__{}".format(*name)
-            agent, history = train(args, folder or "")
+            args.run_dir = args.run_dir or "runs/{}__{}__{}__{}".format(
+                re.sub("[:/]", "-", args.env), NAME, args.seed, time.time_ns() // 10**6)
+            agent, history = train(args, folder)
             step, seconds = history[-1]["step"], history[-1]["seconds"]
             trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
         if WORLD_SIZE > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if RANK == 0:
-            returns = evaluate(agent, args, todo.episodes)
+            returns = evaluate(agent, args, options.episodes)
             print(f"{args.env}: return {returns.mean():.1f} +/- {returns.std():.1f} over "
                   f"{len(returns)} episodes{trained}; {args.run_dir}", flush=True)
-            if todo.video:
+            if options.video:
                 film = functools.partial(gym.wrappers.RecordVideo, episode_trigger=lambda i: i == 0,
                                          video_folder=f"{args.run_dir}/videos")
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
-            if todo.render:
+            if options.render:
                 evaluate(agent, args, 1, render_mode="human")
     except (UserError, FloatingPointError, ImportError, gym.error.Error, BrokenPipeError) as error:
         print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Exception as error:  # of the environment, as a rule: its author needs the traceback
-        hint = "; without a display MuJoCo needs MUJOCO_GL=egl" * (todo.video or todo.render)
+        hint = "; without a display MuJoCo needs MUJOCO_GL=egl" * (options.video or options.render)
         print(f"{NAME}.py: {args.env} failed: {error}{hint}", file=sys.stderr)
         traceback.print_exc()
         sys.exit(2)
 
 
 train = clean_up()(train)  # here, as a decorator above would need the plumbing to come first
-
 
 if __name__ == "__main__":
     main()

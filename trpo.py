@@ -7,12 +7,13 @@ and the new policy: it follows the natural gradient, and goes no further than ma
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
-(2)  returns = advantages + V(obs), where rewards, V and returns are in units of return_norm.std
+(2)  returns = advantages + V(obs), where rewards, V and returns are in units of return_norm.std,
+     the running standard deviation of all earlier returns
 (3)  ratio = pi(actions | obs) / pi_old(actions | obs)
 (4)  policy_loss = -E[ratio * (advantages - E[advantages])], which is 0 for pi = pi_old
 (5)  kl = E[KL(pi_old || pi)], which is 0 for pi = pi_old, and so is its gradient
-(6)  F v = gradient of ((gradient of kl) . v) + cg_damping * v at pi = pi_old. The Fisher matrix F,
-     the Hessian of kl, plus cg_damping on its diagonal, is never computed
+(6)  F v = gradient of ((gradient of kl) . v) + cg_damping * v at pi = pi_old, where F is the Fisher
+     matrix, the Hessian of kl, plus cg_damping on its diagonal; F itself is never computed
 (7)  F x = g, solved for x by conjugate gradients; g = -gradient of policy_loss at pi = pi_old
 (8)  step = sqrt(2 * max_kl / (x . F x)) * x, since a step changes kl by about step . F step / 2
 (9)  value_loss = E[(V(obs) - returns)^2]
@@ -31,9 +32,9 @@ time limit (truncation) bootstraps from V(next_obs); only a termination does not
 
     python trpo.py --env Hopper-v5
 """
-import argparse, collections, contextlib, csv, fnmatch, functools, json, math, os, pathlib
+import argparse, collections, contextlib, csv, fnmatch, functools, io, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 import gymnasium as gym
 import numpy as np
@@ -88,7 +89,7 @@ PRESETS = {  # settings that are known to work; keys may be patterns
     "HalfCheetah-v5": MUJOCO | dict(max_kl=0.04, anneal=False),
     "Hopper-v5": MUJOCO | dict(gamma=0.995),  # at 0.99 some seeds learn gaits that fall
     "Walker2d-v5": MUJOCO | dict(max_kl=0.02, log_std=-0.5),
-    # At this gamma V grows for long, which norm_returns would take for a large spread of returns.
+    # At this gamma V keeps growing, and norm_returns would count that growth as spread.
     "Swimmer-v5": MUJOCO | dict(gamma=0.9999, anneal=False, norm_returns=False)}
 ACTION_SPACES = "Discrete", "Box"
 
@@ -304,7 +305,7 @@ def train(args, resume=""):
         all_reduce_mean(g)
         product = fisher_product(kl, parameters, args.cg_damping)
         x = conjugate_gradient(product, g, args.cg_iters)                                   # (7)
-        x_F_x = x.dot(g)  # saves a product: g - F x is orthogonal to x after every iteration
+        x_F_x = x.dot(g)  # x . F x, as g - F x is orthogonal to x; this saves a product
         return (2 * max_kl / x_F_x.clamp(min=1e-30)).sqrt() * x                             # (8)
 
     @torch.no_grad()
@@ -335,8 +336,8 @@ def train(args, resume=""):
         for _ in range(args.num_steps):
             obs, actions = envs.obs, act(envs.obs)
             rollout.append((obs, actions, *envs.step(actions)))
-        rollout = obs, actions, next_obs, rewards, terminations, dones = [
-            torch.stack(x) for x in zip(*rollout)]  # each (T, N, ...)
+        rollout = [torch.stack(x) for x in zip(*rollout)]  # each (T, N, ...)
+        obs, actions = rollout[:2]
         run.step += batch_size * WORLD_SIZE
 
         with torch.no_grad():
@@ -362,8 +363,9 @@ def train(args, resume=""):
         if isinstance(agent.encoder, RunningNorm):  # only now: the ratio must start at 1
             agent.encoder.update(obs.flatten(0, 1))
 
-        run.log(policy_loss=policy_loss, value_loss=torch.stack(losses).mean(),
-                entropy=-agent.log_probs(old_policy, actions).mean(), kl=kl, step_fraction=fraction,
+        entropy = -agent.log_probs(old_policy, actions).mean()  # an estimate from samples
+        run.log(policy_loss=policy_loss, value_loss=torch.stack(losses).mean(), entropy=entropy,
+                kl=kl, step_fraction=fraction,
                 explained_variance=explained_variance(values, returns))
     run.finish()
     return agent, run.history
@@ -387,7 +389,7 @@ def apply_settings(args, given):
     env = str(given.get("env", args.env))
     preset = next((PRESETS[key] for key in PRESETS if fnmatch.fnmatchcase(env, key)), {})
     if unknown := given.keys() - {f.name for f in fields(args)}:
-        raise UserError(f"there is no setting {', '.join(unknown)}")
+        raise UserError(f"{NAME} has no setting {', '.join(unknown)}")
     for f in fields(args):
         value, kind = given.get(f.name, preset.get(f.name, f.default)), type(f.default)
         (low, high), choices = f.metadata["limits"], typing.get_args(f.type)
@@ -453,9 +455,9 @@ def flatten_parameters(module):
     parameters = list(module.parameters())
     vector = nn.utils.parameters_to_vector(parameters).detach()
     vector.grad = torch.zeros_like(vector)
-    sizes = [p.numel() for p in parameters]
-    for p, data, grad in zip(parameters, vector.split(sizes), vector.grad.split(sizes)):
-        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    nn.utils.vector_to_parameters(vector, parameters)
+    for p, grad in zip(parameters, vector.grad.split([p.numel() for p in parameters])):
+        p.grad = grad.view_as(p)
     return vector
 
 
@@ -484,17 +486,19 @@ def cuda_graph(function, device):
 
 
 def box_bounds(space):
-    """Low, high, center and half-width of a flattened Box (size,); 0 and 1 where unbounded."""
+    """Low, high, center and half-width of a flattened Box (size,).
+
+    Where a bound is missing, the center is the allowed number nearest to 0, the half-width 1."""
     low, high = (torch.tensor(x, dtype=torch.float32).flatten() for x in (space.low, space.high))
     bounded = (high - low).isfinite() & (high > low)
-    center = torch.where(bounded, (low + high) / 2, 0.0)
+    center = torch.where(bounded, (low + high) / 2, 0.0).clamp(low, high)
     return low, high, center, torch.where(bounded, (high - low) / 2, 1.0)
 
 
 def make_env(env_id, wrappers=(), **kwargs):
     """One environment: Atari frames are preprocessed, observations that are no Box flattened."""
     env = gym.make(env_id, **kwargs, **dict(frameskip=1) if "ALE/" in env_id else {})
-    OPENED.append(env)  # now, as a wrapper may fail
+    OPENED.append(env)
     if "ALE/" in env_id:
         env = gym.wrappers.AtariPreprocessing(env)
         env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
@@ -502,7 +506,6 @@ def make_env(env_id, wrappers=(), **kwargs):
         env = wrapper(env)
     if not isinstance(env.observation_space, gym.spaces.Box):
         env = gym.wrappers.FlattenObservation(env)
-    OPENED.append(env)
     return env
 
 
@@ -534,19 +537,18 @@ class VecEnv:
         if atari and not kwargs and not wrappers:  # in C++ threads
             self.envs = gym.make_vec(env_id, num_envs, "vector_entry_point", use_fire_reset=False,
                                      reward_clipping=False, autoreset_mode="SameStep")
-            OPENED.append(self.envs)
         else:
             self.envs = SyncVectorEnv([lambda: make_env(env_id, wrappers, **kwargs)] * num_envs,
                                       autoreset_mode="SameStep")
-        self.id, self.device, self.episodes = env_id, device, []
-        space, actions = self.envs.single_observation_space, self.envs.single_action_space
+        OPENED.append(self.envs)
+        space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+        self.id, self.device, self.shape, self.episodes = env_id, device, space.shape, []
+        kind = type(self.action_space).__name__
         if not isinstance(space, gym.spaces.Box):
             raise UserError(f"{env_id} observes {space}, which has no fixed size")
-        kind = type(actions).__name__
-        if kind not in ACTION_SPACES or kind == "Box" and actions.dtype.kind != "f":
+        if kind not in ACTION_SPACES or kind == "Box" and self.action_space.dtype.kind != "f":
             raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
-                            f"{actions}; ppo takes Discrete and floating-point Box actions")
-        self.action_space, self.shape = actions, space.shape
+                            f"{self.action_space}; ppo takes Discrete and float Box actions")
         self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
@@ -605,11 +607,10 @@ def load_checkpoint(folder, device="cpu", **modules):
     path = pathlib.Path(folder, "checkpoint.pt")
     try:
         saved = torch.load(path, device, weights_only=True)
-        if unknown := saved["args"].keys() - {f.name for f in fields(Args)}:
-            raise ValueError(f"another script or version wrote it, with {', '.join(unknown)}")
+        Args(**saved["args"])  # refuses those of another script
         for name, module in modules.items():
-            for group in saved[name].get("param_groups", ()):  # perhaps of another device
-                group["capturable"] = torch.device(device).type == "cuda"
+            if isinstance(module, torch.optim.Optimizer):  # its settings are those of args
+                saved[name]["param_groups"] = module.state_dict()["param_groups"]
             module.load_state_dict(saved[name])
     except Exception as error:
         raise UserError(f"cannot load {path}: {type(error).__name__}: {error}") from error
@@ -623,48 +624,38 @@ class Run:
 
     def __init__(self, args, envs, resume, **modules):
         self.args, self.envs, self.modules, self.writer = args, envs, modules, None
-        saved = dict(step=0, history=[], recent=[], seconds=0)
+        saved = dict(args=vars(args), step=0, history=[], recent=[], seconds=0)
         if resume:
             saved = load_checkpoint(resume, envs.device, **modules)
-            if args.total_timesteps < min(saved["step"], saved["args"]["total_timesteps"]):
-                raise UserError(f"{resume} is at step {saved['step']:,} already, beyond "
-                                f"total_timesteps {args.total_timesteps:,}")
-        self.step, self.history = saved["step"], saved["history"]
-        self.recent = collections.deque(saved["recent"], maxlen=20)  # the last of envs.episodes
-        self.start_time = time.time() - saved["seconds"]
-        self.saved_step = self.saved_time = -math.inf
+        self.step, self.history, self.recent = saved["step"], saved["history"], saved["recent"]
+        self.start_time, self.next_save = time.time() - saved["seconds"], 0
+        if args.total_timesteps < min(self.step, saved["args"]["total_timesteps"]):
+            raise UserError(f"{resume} is at step {self.step:,}, beyond {args.total_timesteps:,}")
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
         if self.folder:
             exists = os.path.exists(self.folder / "checkpoint.pt")
             if exists and not (resume and self.folder.samefile(resume)):
                 raise UserError(f"{self.folder} holds a run; --resume {self.folder} continues it")
-            with self.file("args.json") as path:
-                path.write_text(json.dumps(asdict(args), indent=2))
+            self.write("args.json", lambda path: path.write_text(json.dumps(vars(args), indent=2)))
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
                 OPENED.append(self.writer)
         if RANK == 0:
-            print(f"{NAME} on {envs.device}:", {name: value for name, value in asdict(args).items()
+            print(f"{NAME} on {envs.device}:", {name: value for name, value in vars(args).items()
                                                 if value != getattr(Args, name)}, flush=True)
         # A resumed run starts new episodes, with numbers that depend on nothing but these three.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
-    @contextlib.contextmanager
-    def file(self, name):
-        """A path to write to, renamed in the end, so that a kill cannot leave half a file."""
+    def write(self, name, save):
+        """Call save(path), and rename the file in the end: a kill cannot leave half of it."""
         path, part = self.folder / name, self.folder / f"{name}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            yield part
+            save(part)
             os.replace(part, path)
         except (OSError, RuntimeError) as error:  # torch.save does not say why it failed
             raise UserError(f"cannot write {path}; is the disk full? {error}") from error
-
-    @classmethod
-    def request_stop(cls, number, frame):
-        cls.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one kills
 
     def checkpoint(self):
         """Call once per iteration: save if a checkpoint is due, stop if a signal asked for it."""
@@ -675,24 +666,23 @@ class Run:
             if self.folder:
                 print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
             raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
-        every = self.args.checkpoint_every
-        if self.step >= self.saved_step + every if every else time.time() > self.saved_time + 60:
+        if (self.step if self.args.checkpoint_every else time.time()) >= self.next_save:
             self.save()
 
     def save(self):
-        self.saved_step, self.saved_time = self.step, time.time()
+        every = self.args.checkpoint_every
+        self.next_save = self.step + every if every else time.time() + 60
         state = {name: module.state_dict() for name, module in self.modules.items()}
         if not all(value.isfinite().all() for value in state["agent"].values()):
             raise FloatingPointError(f"the agent's weights are not finite at step {self.step:,}")
         if self.folder:
-            state |= dict(args=asdict(self.args), step=self.step, history=self.history,
-                          recent=list(self.recent), seconds=time.time() - self.start_time)
-            with self.file("checkpoint.pt") as path:
-                torch.save(state, path)
+            state |= dict(args=vars(self.args), step=self.step, history=self.history,
+                          recent=self.recent, seconds=time.time() - self.start_time)
+            self.write("checkpoint.pt", lambda path: torch.save(state, path))
 
     def log(self, **metrics):
         """At most 200 times a run, add a row of metrics to the history and print the progress."""
-        self.recent += self.envs.episodes
+        self.recent = (self.recent + self.envs.episodes)[-20:]
         self.envs.episodes.clear()
         last, total = self.history[-1]["step"] if self.history else 0, self.args.total_timesteps
         if self.step * 200 // total == last * 200 // total:
@@ -705,9 +695,9 @@ class Run:
                                         episode_return=score, episode_length=length) | metrics)
         if self.folder:
             columns = dict.fromkeys(name for row in self.history for name in row)
-            with self.file("metrics.csv") as path, open(path, "w") as file:
-                table = csv.DictWriter(file, columns, lineterminator="\n")
-                table.writeheader(), table.writerows(self.history)
+            table = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
+            table.writeheader(), table.writerows(self.history)
+            self.write("metrics.csv", lambda path: path.write_text(text.getvalue()))
         for name, value in row.items() if self.writer else ():
             self.writer.add_scalar(name, value, self.step)
         if RANK == 0:
@@ -731,8 +721,7 @@ class Run:
         axes.plot(*zip(*((row["step"], row["episode_return"]) for row in self.history)))
         axes.set(title=f"{NAME} on {self.args.env}, seed {self.args.seed}",
                  xlabel="environment steps", ylabel="return, mean of 20 episodes")
-        with self.file("learning_curve.png") as path:
-            axes.figure.savefig(path, format="png")
+        self.write("learning_curve.png", lambda path: axes.figure.savefig(path, format="png"))
 
 
 @clean_up()
@@ -771,74 +760,76 @@ def evaluate(agent, args, episodes=100, **kwargs):
 
 def parse_args():
     """The command line: what to do, and the settings that are given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage="%(prog)s [--env ENV] [...]", argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [--env ENV] [...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{NAME}.py: {message}\n")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", metavar="RUN", help="resume an interrupted run")
-    group.add_argument("--evaluate", metavar="RUN", help="score the agent of a run")
-    parser.add_argument("--episodes", default=100, type=int, help="episodes to score (100)")
-    parser.add_argument("--video", default=False, action="store_true", help="film an episode")
-    parser.add_argument("--render", default=False, action="store_true", help="show an episode")
+    group.add_argument("--resume", metavar="RUN", type=pathlib.Path, help="resume a stopped run")
+    group.add_argument("--evaluate", metavar="RUN", type=pathlib.Path, help="score a run's agent")
+    parser.add_argument("--episodes", help="episodes to score (100)", default=100, type=int)
+    parser.add_argument("--video", help="film an episode", action="store_true")
+    parser.add_argument("--render", help="show an episode", action="store_true")
     for f in fields(Args):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else {}
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=f"{f.metadata['help']} ({f.default})")
-    todo = parser.parse_args()
-    given = {f.name: vars(todo).pop(f.name) for f in fields(Args) if f.name in todo}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} ({f.default})", **kind)
+    options = parser.parse_args()
+    given = {f.name: getattr(options, f.name) for f in fields(Args) if f.name in options}
     for name in given:
-        if "resume" in todo and name == "run_dir" or "evaluate" in todo and name not in (
+        if options.resume and name == "run_dir" or options.evaluate and name not in (
                 "env", "seed", "device", "threads"):
             parser.error(f"{name} has no effect here")
-    if todo.episodes < 1:
+    if options.episodes < 1:
         parser.error("episodes is at least 1")
-    return todo, given
+    return options, given
 
 
 def main():
+    def request_stop(number, frame):
+        Run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one kills
+
     sys.path += {os.getcwd()} - set(sys.path)  # where the module of module:Env-v0 may be
     np.seterr(over="ignore")  # what overflows becomes inf, which VecEnv refuses
-    todo, given = parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, Run.request_stop)
+    options, given = parse_args()
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
     try:
-        folder = vars(todo).get("resume", vars(todo).get("evaluate"))
-        if folder is not None:
-            given = load_checkpoint(folder)["args"] | given | {"run_dir": folder}
+        folder = options.resume or options.evaluate  # a Path, which is true even if it is empty
+        if folder:
+            given = load_checkpoint(folder)["args"] | given | dict(run_dir=folder)
         args, trained = Args(**given), ""
-        if "evaluate" in todo:
-            agent, args = load_agent(folder, **given)
+        if options.evaluate:
+            agent, _ = load_agent(folder, **given)
         else:
-            name = re.sub("[:/]", "-", args.env), NAME, args.seed, time.time_ns() // 10**6
-            args.run_dir = args.run_dir or "runs/{}__{}__{}__{}".format(*name)
-            agent, history = train(args, folder or "")
+            args.run_dir = args.run_dir or "runs/{}__{}__{}__{}".format(
+                re.sub("[:/]", "-", args.env), NAME, args.seed, time.time_ns() // 10**6)
+            agent, history = train(args, folder)
             step, seconds = history[-1]["step"], history[-1]["seconds"]
             trained = f", {step:,} steps in {seconds:.1f} s, {step / seconds:,.0f} steps/s"
         if WORLD_SIZE > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if RANK == 0:
-            returns = evaluate(agent, args, todo.episodes)
+            returns = evaluate(agent, args, options.episodes)
             print(f"{args.env}: return {returns.mean():.1f} +/- {returns.std():.1f} over "
                   f"{len(returns)} episodes{trained}; {args.run_dir}", flush=True)
-            if todo.video:
+            if options.video:
                 film = functools.partial(gym.wrappers.RecordVideo, episode_trigger=lambda i: i == 0,
                                          video_folder=f"{args.run_dir}/videos")
                 evaluate(agent, args, 1, wrappers=[film], render_mode="rgb_array")
-            if todo.render:
+            if options.render:
                 evaluate(agent, args, 1, render_mode="human")
     except (UserError, FloatingPointError, ImportError, gym.error.Error, BrokenPipeError) as error:
         print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except Exception as error:  # of the environment, as a rule: its author needs the traceback
-        hint = "; without a display MuJoCo needs MUJOCO_GL=egl" * (todo.video or todo.render)
+        hint = "; without a display MuJoCo needs MUJOCO_GL=egl" * (options.video or options.render)
         print(f"{NAME}.py: {args.env} failed: {error}{hint}", file=sys.stderr)
         traceback.print_exc()
         sys.exit(2)
 
 
 train = clean_up()(train)  # here, as a decorator above would need the plumbing to come first
-
 
 if __name__ == "__main__":
     main()

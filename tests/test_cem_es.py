@@ -102,8 +102,8 @@ def test_the_extra_noise_falls_to_0_with_the_steps(spy):
         [0.4 * (1 - k / 10) for k in range(10)])
 
 
-@pytest.mark.parametrize("fraction, elites", [(0.0, 1), (0.1, 1), (0.5, 4), (1.0, 8)])
-def test_the_elites_are_a_fraction_of_the_population_and_at_least_one(fraction, elites, spy):
+@pytest.mark.parametrize("fraction, elites", [(0.0, 1), (0.1, 1), (0.5, 4), (1.0, 7)])
+def test_the_elites_are_a_fraction_of_the_population_never_none_or_all(fraction, elites, spy):
     calls = spy(cem_es, "cem")
     train("probes:Counter-v0", elite_fraction=fraction, population=8, total_timesteps=100)
     assert {call["num_elites"] for call in calls} == {elites}
@@ -143,6 +143,9 @@ def test_equal_fitness_moves_nothing():
     settings = dict(method="es", weight_decay=0.0, total_timesteps=100)  # every return is 5
     agent, _ = train("probes:Counter-v0", **settings)
     assert (agent.weights == 0).all()
+    settings = dict(method="es", weight_decay=0.1, hidden_size=16)  # nor does the decay alone
+    once, often = (train("probes:Counter-v0", total_timesteps=n, **settings)[0] for n in (1, 100))
+    assert torch.equal(once.weights, often.weights) and once.weights.any()
 
 
 @pytest.mark.parametrize("sigma", [0.01, 1.0, 20.0])
@@ -304,6 +307,7 @@ def test_running_norm_knows_the_moments_of_all_that_was_added(offset):
     assert np.allclose(norm.std, everything.std(0), rtol=1e-3)
     outputs = norm(torch.from_numpy(batches[-1])).numpy()
     assert np.allclose(outputs, (batches[-1] - everything.mean(0)) / everything.std(0), atol=1e-2)
+    assert norm(torch.full((1, 3), 1e9)).tolist() == [[10.0] * 3]
 
 
 def test_running_norm_does_not_scale_what_never_varied():
@@ -318,6 +322,21 @@ def test_statistics_of_observations_far_from_0_keep_their_digits(monkeypatch):
     agent, _ = train("probes:Counter-v0", norm_obs=True, total_timesteps=200)
     assert agent.norm.mean.item() == 30_002  # of 0 to 4
     assert agent.norm.std.item() == pytest.approx(math.sqrt(2), rel=1e-6)
+
+
+# The policy.
+
+
+def test_actions_are_within_the_bounds_and_first_weights_fit_the_number_of_inputs():
+    space = gym.spaces.Box(np.array([-1, 5], np.float32), np.array([2, np.inf], np.float32))
+    agent = Agent(gym.spaces.Box(-9, 9, (3,)), space, cem_es.Args(hidden_size=1000))
+    layers = agent.layers(agent.weights.detach())
+    assert layers[0].std().item() == pytest.approx(1 / 2, rel=0.05)  # three inputs and the bias
+    assert (layers[-1] == 0).all() and all(x.isfinite().all() for x in agent.state_dict().values())
+    agent.weights.data.normal_()
+    actions = agent.act(torch.randn(50, 3))
+    assert ((actions >= torch.tensor(space.low)) & (actions <= torch.tensor(space.high))).all()
+    assert actions[:, 0].min() == -1 and actions[:, 0].max() == 2
 
 
 # Episodes.

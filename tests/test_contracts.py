@@ -1016,7 +1016,7 @@ def test_the_checkpoint_of_another_script_gives_one_line(script, module, tmp_pat
         module.load_agent(".")
     assert "\n" not in str(caught.value)
     torch.save(dict(args=args | {"of_another": 1}), "checkpoint.pt")
-    with pytest.raises(module.UserError, match="another script or version.*of_another"):
+    with pytest.raises(module.UserError, match="cannot load .*no setting of_another"):
         module.load_agent(".")
 
 

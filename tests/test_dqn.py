@@ -1,6 +1,7 @@
 """DQN against independent oracles: definitions, loops, made-up episodes, numbers by hand."""
 import dataclasses
 import importlib
+import inspect
 import math
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import same, small, timeless
 
+import ddpg
 import dqn
 from dqn import Agent, Args, ReplayBuffer
 
@@ -25,6 +27,11 @@ def arguments(env, **changes):
 
 def train(env, **changes):
     return dqn.train(arguments(env, **changes))
+
+
+@pytest.mark.parametrize("name", ["NatureCNN", "mlp"])
+def test_what_it_shares_with_ddpg_is_the_same_text(name):
+    assert inspect.getsource(getattr(dqn, name)) == inspect.getsource(getattr(ddpg, name))
 
 
 @pytest.fixture
@@ -211,12 +218,12 @@ def test_dueling_values_do_not_change_with_a_constant_added_to_all_advantages():
 Q = torch.tensor([1.0, 3.0, 2.0, 0.0])
 
 
-def test_scale_maps_bounds_to_minus_1_and_1_and_leaves_the_rest():
+def test_scale_maps_bounds_to_minus_1_and_1_and_scales_nothing_else():
     space = gym.spaces.Box(np.array([-1.2, -0.07, -np.inf, 0, 3], np.float32),
                            np.array([0.6, 0.07, 5, np.inf, 3], np.float32))
     scale = dqn.Scale(space)
     corners = torch.tensor([[-1.2, -0.07, 2, 8, 3], [0.6, 0.07, -9, 0, 4]])
-    expected = torch.tensor([[-1, -1, 2, 8, 3], [1, 1, -9, 0, 4]]).float()
+    expected = torch.tensor([[-1, -1, 2, 8, 0], [1, 1, -9, 0, 1]]).float()
     torch.testing.assert_close(scale(corners), expected)
     agent = Agent(space, gym.spaces.Discrete(2), arguments("x", scale_obs=True))
     torch.testing.assert_close(agent.q_values(corners), agent.q_network[1:](expected))
@@ -498,6 +505,9 @@ def test_a_draw_at_the_very_edge_takes_no_priority_of_0(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.zeros(*size, **kwargs))
     index, _ = dqn.draw_prioritized(torch.tensor([0.0, 1.0, 0.0, 1.0]), 2, 1.0)
     assert index.tolist() == [1, 3]
+    largest = torch.tensor(1 - 2**-53, dtype=torch.double)
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: largest.expand(size))
+    assert dqn.draw_prioritized(torch.ones(2), 128, 1.0)[0].max() == 1
 
 
 def test_new_transitions_have_the_highest_priority_and_used_ones_that_of_their_error():
@@ -544,6 +554,7 @@ def test_training_draws_by_priority_and_sets_priorities_by_the_error_after_each_
     (dict(buffer_size=10**15), ["buffer_size is 1,000,000,000,000,000", "memory", "--buffer-size"]),
     (dict(exploration="none"), ["exploration is none", "epsilon or boltzmann"]),
     (dict(exploration_start=5), ["epsilon is a probability", "--exploration-start"]),
+    (dict(exploration_end=5), ["epsilon is a probability", "--exploration-start"]),
     (dict(env="Pendulum-v1"), ["Box", "ppo"])])
 def test_what_cannot_be_done_is_refused_before_anything_is_written(changes, words, tmp_path):
     with pytest.raises(dqn.UserError) as error:

@@ -424,6 +424,7 @@ def test_particles_are_spread_by_the_predicted_std_and_all_plans_share_their_noi
 def test_the_noise_of_plans_is_correlated_in_time():
     agent = make_agent(horizon=4, population=20000, rounds=1, correlation=0.7)
     noise = agent.sample_noise()[0][0, 1:, :, 0]
+    assert (agent.sample_noise()[0][:, 0] == 0).all()  # the mean itself is one of the plans
     t = np.arange(4)
     expected = 0.7 ** abs(t - t[:, None])
     assert np.allclose(np.cov(noise.T.numpy()), expected, atol=0.05)
@@ -461,6 +462,7 @@ def test_the_loss_is_the_negative_log_likelihood_up_to_a_constant():
     losses = model.loss(obs, actions, next_obs, rewards, terminations)
     mean, log_var, logit = model(obs, actions)
     assert losses.shape == (2, 6)
+    total = 0
     for e in range(2):
         for b in range(6):
             delta = torch.cat([next_obs[e, b] - obs[e, b], rewards[e, b, None]])
@@ -468,8 +470,14 @@ def test_the_loss_is_the_negative_log_likelihood_up_to_a_constant():
             normal = torch.distributions.Normal(mean[e, b], (log_var[e, b] / 2).exp())
             ends = torch.distributions.Bernoulli(logits=logit[e, b])
             nll = -normal.log_prob(delta) - math.log(2 * math.pi) / 2
-            expected = (log_var[e, b].exp() * nll).sum() - ends.log_prob(terminations[e, b])
+            w = log_var[e, b].exp().detach()  # a constant of the gradient, too
+            expected = (w * nll).sum() - ends.log_prob(terminations[e, b])
             assert losses[e, b].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
+            total = total + expected
+    parameters = list(model.parameters())
+    for gradient, expected in zip(*(
+            torch.autograd.grad(x, parameters, retain_graph=True) for x in (losses.sum(), total))):
+        assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-4)
     # So weighted, the gradient of a squared error does not depend on the variance.
     mean_grads = []
     for bias in (0.0, 3.0):
@@ -577,6 +585,10 @@ def test_the_step_size_falls_to_0_in_each_round(monkeypatch):
         rates.append(float(self.param_groups[0]["lr"])), step(self, *args))[1])
     train("Pendulum-v1", total_timesteps=128, num_updates=4, learning_rate=1e-3)
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4] * 2)
+    rates.clear()
+    train("Pendulum-v1", total_timesteps=128, num_updates=4, learning_rate=1e-3,
+          terminal_value=True)
+    assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4] * 4)
 
 
 # The critic.
@@ -766,6 +778,7 @@ def test_the_model_is_frozen_while_the_policy_learns(spy):
     updates, rollouts = spy(torch.optim.Adam, "step"), spy(Agent, "rollout_model")
     agent, _ = train("Pendulum-v1", planner="policy", total_timesteps=128, num_updates=3)
     assert len(updates) == 2 * (3 + 3) and len(rollouts) == 2 * 3
+    assert rollouts[0]["noise"].shape == (3, 2, 16, 4)  # each observation has its own
     assert len({id(call["self"]) for call in rollouts}) == 1
     target = rollouts[0]["self"]
     assert target is not agent and same(target.model.state_dict(), agent.model.state_dict())

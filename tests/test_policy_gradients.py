@@ -106,14 +106,53 @@ def test_each_batch_takes_one_step_whose_size_falls_linearly_to_0(
     assert rates == pytest.approx([1e-3 * x for x in remaining])
 
 
-@pytest.mark.parametrize("module, env", [(reinforce, "CartPole-v1"), (ppo, "Pendulum-v1")])
-def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(module, env, monkeypatch):
-    norms, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: (norms.append(
-        torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item()),
-        step(self, *args))[1])
+@pytest.mark.parametrize("module, optimizer, env", [
+    (reinforce, torch.optim.Adam, "CartPole-v1"), (a2c, torch.optim.RMSprop, "Pendulum-v1"),
+    (ppo, torch.optim.Adam, "Pendulum-v1")])
+def test_gradients_longer_than_max_grad_norm_are_scaled_to_it(module, optimizer, env, monkeypatch):
+    norms, step = [], optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda self, *args: (
+        norms.append(self.param_groups[0]["params"][0].grad.norm().item()), step(self, *args))[1])
     train(module, env, total_timesteps=256, max_grad_norm=1e-3)
     assert norms == pytest.approx([1e-3] * len(norms), rel=1e-4)
     norms.clear()
     train(module, env, total_timesteps=256, max_grad_norm=1e9)
     assert min(norms) > 0.1
+
+
+@pytest.mark.parametrize("module, steps", [(reinforce, 20), (a2c, 16), (ppo, 64), (trpo, 64)])
+def test_a_batch_is_learned_from_with_the_statistics_it_was_collected_with(module, steps, spy):
+    calls = spy(module.RunningNorm, "forward")
+    agent, history = train(module, "probes:Counter-v0", norm_obs=True, total_timesteps=steps)
+    assert len(history) == 1 and agent.encoder.mean.item() > 0.5  # but 0 during the batch
+    assert all(torch.equal(call["x"], call["out"]) for call in calls)
+
+
+def test_actions_with_one_bound_start_at_the_nearest_allowed_number_to_0():
+    space = gym.spaces.Box(np.array([100, -9, -np.inf], np.float32), np.array([np.inf, np.inf, -5],
+                                                                           np.float32))
+    _, _, center, scale = ppo.box_bounds(space)
+    assert center.tolist() == [100, 0, -5] and scale.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("module", [reinforce, a2c, ppo, trpo])
+def test_log_std_is_that_of_actions_in_minus_1_to_1(module):
+    space = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([2, 10], np.float32))
+    std = module.Agent(COUNT, space, module.Args(log_std=-1.0)).act(torch.zeros(20_000, 1)).std(0)
+    assert torch.allclose(std, torch.tensor([1.5, 5.0]) * math.exp(-1), rtol=0.05)
+
+
+@pytest.mark.parametrize("module", [reinforce, a2c, ppo])
+def test_the_logged_entropy_is_that_of_the_policy(module):
+    _, history = train(module, "Pendulum-v1", learning_rate=0, total_timesteps=1, log_std=-1.0)
+    expected = math.log(2 * math.exp(-1) * math.sqrt(2 * math.pi * math.e))
+    assert history[0]["entropy"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("module", [a2c, ppo, trpo])
+def test_the_logged_explained_variance_compares_values_with_returns(module, spy):
+    gae = spy(module, "compute_gae")
+    _, history = train(module, "Pendulum-v1", total_timesteps=1)
+    values, returns = gae[0]["values"].numpy(), gae[0]["out"][1].numpy()
+    expected = 1 - (returns - values).var() / returns.var()
+    assert history[0]["explained_variance"] == pytest.approx(expected, abs=0.01)

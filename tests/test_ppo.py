@@ -383,10 +383,18 @@ def test_the_kl_objective_penalizes_the_kl_to_the_policy_that_collected_the_batc
     assert calls[0]["kl"].item() == pytest.approx(0, abs=1e-6)  # nothing has moved yet
     for call, kl in zip(calls, updates):
         assert torch.equal(call["kl"], kl["out"].mean()) and call["beta"].item() == 1
-    assert updates[0]["old"].sum().item() == pytest.approx(last["old"].sum().item(), rel=1e-4)
+    for kl in updates:
+        assert kl["old"].sum().item() == pytest.approx(last["old"].sum().item(), rel=1e-4)
     assert 0 < calls[1]["kl"] < last["out"].mean()
     mean = torch.stack([call["out"].detach() for call in calls]).mean()
     assert history[0]["policy_loss"] == pytest.approx(mean.item(), rel=1e-4)
+
+
+def test_beta_is_adapted_to_the_mean_kl_of_all_processes(monkeypatch, spy):
+    monkeypatch.setattr(ppo, "all_reduce_mean", lambda x: x.fill_(7) if x.dim() == 0 and x else x)
+    calls = spy(ppo, "adapt_beta")
+    train("Pendulum-v1", objective="kl", total_timesteps=64, learning_rate=1e-3)
+    assert calls[0]["kl"] == 7
 
 
 def test_the_kl_objective_adapts_beta_after_each_batch_and_saves_it(spy):
@@ -477,6 +485,7 @@ def test_running_norm_knows_the_moments_of_all_it_was_given(offset):
     assert np.allclose(norm.std, everything.std(0), rtol=1e-3)
     outputs = norm(torch.from_numpy(batches[-1])).numpy()
     assert np.allclose(outputs, (batches[-1] - everything.mean(0)) / everything.std(0), atol=1e-2)
+    assert norm(torch.full((1, 3), 1e9)).tolist() == [[10.0] * 3]
 
 
 def test_running_norm_leaves_what_never_varied_as_wide_as_it_is():
