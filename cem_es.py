@@ -76,7 +76,7 @@ class Args:
 PRESETS = {  # settings that are known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, elite_fraction=0.3, extra_noise=1.0, es_sigma=0.5,
                         learning_rate=0.1, weight_decay=0.3),
-    "InvertedPendulum-v5": dict(method="es", total_timesteps=100_000, es_sigma=0.1,
+    "InvertedPendulum-v5": dict(method="es", total_timesteps=200_000, es_sigma=0.1,
                                 learning_rate=0.05),
     "HalfCheetah-v5": dict(population=16, elite_fraction=0.3, init_sigma=0.05, min_sigma=0.02),
     "Swimmer-v5": dict(method="es", total_timesteps=2_000_000, norm_obs=False, es_sigma=0.1)}

@@ -73,7 +73,7 @@ ROWS = [
     Row("naf", "HalfCheetah-v5", 100_000),
     Row("cem_es", "CartPole-v1", 50_000, 500, flags="--method cem"),
     Row("cem_es", "CartPole-v1", 50_000, 500, flags="--method es"),
-    Row("cem_es", "InvertedPendulum-v5", 100_000, 1000, flags="--method es"),
+    Row("cem_es", "InvertedPendulum-v5", 200_000, 1000, flags="--method es"),
     Row("cem_es", "HalfCheetah-v5", 1_000_000, 2894, flags="--method cem"),
     Row("cem_es", "Swimmer-v5", 2_000_000, 355, flags="--method es"),
     Row("mbrl_mpc", "CartPole-v1", 5_000, 500),
@@ -99,7 +99,7 @@ FRESH = [row._replace(seeds=range(6, 11)) for row in ROWS if (row.script, row.en
     ("a2c", "HalfCheetah-v5"), ("ppo", "Acrobot-v1"), ("trpo", "CartPole-v1"),
     ("trpo", "Hopper-v5"), ("dqn", "CartPole-v1"), ("dqn", "MountainCar-v0"),
     ("dqn", "Acrobot-v1"), ("naf", "Pendulum-v1"), ("cem_es", "CartPole-v1"),
-    ("cem_es", "Swimmer-v5")}]
+    ("cem_es", "InvertedPendulum-v5"), ("cem_es", "Swimmer-v5")}]
 # What each option of a script is worth: one change at a time, with fewer steps than it needs.
 ABLATIONS = {
     script: [Row(script, "CartPole-v1", steps, flags=option) for option in options]
