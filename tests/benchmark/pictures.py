@@ -124,7 +124,7 @@ def save(figure, path):
 # step of the episode that is shown.
 FRAMES = [("ppo", "CartPole-v1", 50_000, {}, 100), ("a2c", "Acrobot-v1", 300_000, {}, 60),
           ("mbrl_mpc", "Pendulum-v1", 4_000, {}, 20),
-          ("cem_es", "InvertedPendulum-v5", 100_000, {}, 50),
+          ("cem_es", "InvertedPendulum-v5", 200_000, {}, 50),
           ("a2c", "HalfCheetah-v5", 1_000_000, {}, 100)]
 
 
