@@ -92,7 +92,7 @@ class Args:
 
 
 CONTROL = dict(buffer_size=50_000, exploration_end=0.1, exploration_fraction=0.12)
-PRESETS = {  # settings that are known to work (for ALE elsewhere, with clipped rewards)
+PRESETS = {  # settings that are known to work; keys may be patterns
     # In a small buffer, failures soon reappear if the policy forgets how to avoid them.
     "CartPole-v1": dict(total_timesteps=50_000, num_envs=8, train_every=32, num_updates=64,
                         buffer_size=10_000, learning_rate=2e-3, target_every=0, tau=0.01, n_step=3,
@@ -102,10 +102,11 @@ PRESETS = {  # settings that are known to work (for ALE elsewhere, with clipped 
                            exploration_end=0.07, exploration_fraction=0.2, scale_obs=True),
     "Acrobot-v1": CONTROL | dict(total_timesteps=100_000, num_updates=8, double=False),
     "LunarLander-v3": CONTROL | dict(total_timesteps=300_000),
+    # From the literature, which also clips rewards; a checkpoint takes up to 6 GB.
     "*ALE/*": dict(total_timesteps=10_000_000, num_envs=8, batch_size=32, learning_starts=80_000,
                    train_every=4, num_updates=8, learning_rate=1e-4, target_every=8000,
                    exploration_end=0.01, exploration_fraction=0.1,
-                   checkpoint_every=1_000_000)}  # of up to 6 GB
+                   checkpoint_every=1_000_000)}
 ACTION_SPACES = "Discrete",
 
 
