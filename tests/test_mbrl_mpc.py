@@ -421,6 +421,21 @@ def test_particles_are_spread_by_the_predicted_std_and_all_plans_share_their_noi
     assert torch.equal(next_obs, next_obs[:, :1].expand_as(next_obs)) and (rewards == 0).all()
 
 
+def test_what_is_predicted_behind_an_imagined_end_does_not_count(monkeypatch):
+    agent = make_agent(horizon=3, terminal_value=True)
+    answers = [(0.0, 5.0, 1.0)] + [(math.nan, math.nan, 0.0)] * 2  # obs, reward, P(termination)
+
+    def predict(obs, actions, noise):
+        new_obs, reward, end = (torch.full_like(obs, x) for x in answers.pop(0))
+        return new_obs, reward[..., 0], end[..., 0]
+
+    monkeypatch.setattr(agent.model, "predict", predict)
+    _, noise, orders = agent.sample_noise(7)
+    obs = torch.zeros(7, 1)
+    returns = agent.rollout_model(obs, lambda t, obs: torch.zeros(7, 1), noise, orders)
+    assert returns.tolist() == [5.0] * 7
+
+
 def test_the_noise_of_plans_is_correlated_in_time():
     agent = make_agent(horizon=4, population=20000, rounds=1, correlation=0.7)
     noise = agent.sample_noise()[0][0, 1:, :, 0]
@@ -666,7 +681,7 @@ def test_random_actions_are_uniform():
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (dict(population=4, elites=5), "elites is 5.*4"), (dict(horizon=0), "horizon"),
+    (dict(population=4, elites=4), "elites is 4.*population 4"), (dict(horizon=0), "horizon"),
     (dict(population=0), "population"), (dict(num_particles=3), "3 particles.*2"),
     (dict(learning_starts=513), "--learning-starts 51"), (dict(env="probes:BoxImage-v0"), "images"),
     (dict(replan_every=4), "replan_every.*3"),
