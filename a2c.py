@@ -226,7 +226,7 @@ def share(agent, weights, optimizer, step):
             x.data = shared.view_as(x)
         if WORLD_SIZE > 1:
             torch.distributed.barrier()  # now all have mapped the files, which can be deleted
-            # From now on all_reduce_mean does nothing; torchrun must start the next run anew.
+            # From now on all_reduce_mean does nothing. A second `train` in this program would hang.
             torch.distributed.destroy_process_group()
     return local_weights, steps
 
