@@ -78,6 +78,7 @@ PRESETS = {  # settings that are known to work; keys may be patterns
                         learning_rate=0.1, weight_decay=0.3),
     "InvertedPendulum-v5": dict(method="es", total_timesteps=200_000, es_sigma=0.1,
                                 learning_rate=0.05),
+    "MountainCarContinuous-v0": dict(method="es", total_timesteps=500_000, es_sigma=0.1),
     "HalfCheetah-v5": dict(population=16, elite_fraction=0.3, init_sigma=0.05, min_sigma=0.02),
     "Swimmer-v5": dict(method="es", total_timesteps=2_000_000, norm_obs=False, es_sigma=0.1)}
 ACTION_SPACES = "Discrete", "Box"
@@ -653,7 +654,7 @@ def evaluate(agent, args, episodes=100, **kwargs):
             returns[i].append(episode_return)
         envs.episodes.clear()
         steps += 1
-        if steps % 5000 == 0:
+        if steps % 10_000 == 0:
             print(f"evaluation: {done} of {episodes} episodes in {steps:,} steps", flush=True)
         if Run.stop_signal:
             raise SystemExit(128 + Run.stop_signal)

@@ -83,6 +83,8 @@ SMALL = dict(learning_starts=500, batch_size=64, hidden_size=64)
 PRESETS = {  # settings that are known to work; keys may be patterns
     "Pendulum-v1": SMALL | dict(total_timesteps=20_000, gamma=0.98),
     "InvertedPendulum-v5": SMALL | dict(total_timesteps=50_000),
+    # Only noise that keeps its direction for some steps swings the car up to the goal.
+    "MountainCarContinuous-v0": SMALL | dict(total_timesteps=50_000, noise="ou", sigma=0.5),
     "Reacher-v5": dict(total_timesteps=100_000, learning_starts=1000, batch_size=128,
                        hidden_size=128),
     "HalfCheetah-v5": dict(learning_starts=5000, batch_size=128)}
@@ -693,7 +695,7 @@ def evaluate(agent, args, episodes=100, **kwargs):
             returns[i].append(episode_return)
         envs.episodes.clear()
         steps += 1
-        if steps % 5000 == 0:
+        if steps % 10_000 == 0:
             print(f"evaluation: {done} of {episodes} episodes in {steps:,} steps", flush=True)
         if Run.stop_signal:
             raise SystemExit(128 + Run.stop_signal)

@@ -82,7 +82,6 @@ class Args:
         apply_settings(self, given)
 
 
-MUJOCO = dict(vf_coef=0.25, recompute_advantages=True)
 PRESETS = {  # settings that are known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=50_000, num_steps=64, num_minibatches=4,
                         learning_rate=1e-3, norm_obs=False),
@@ -93,7 +92,9 @@ PRESETS = {  # settings that are known to work; keys may be patterns
                            ent_coef=0.01),
     "MountainCar-v0": dict(num_envs=16, num_steps=128, num_minibatches=16, update_epochs=4,
                            learning_rate=1e-3, gae_lambda=0.98),
-    "HalfCheetah-v5": MUJOCO | dict(log_std=-0.5), "Hopper-v5": MUJOCO,
+    "HalfCheetah-v5": dict(num_steps=64, num_minibatches=8, update_epochs=20, learning_rate=5e-5,
+                           hidden_size=256, log_std=-1),
+    "Hopper-v5": dict(vf_coef=0.25, recompute_advantages=True),
     "*ALE/*": dict(total_timesteps=10_000_000, num_steps=128, num_minibatches=4, update_epochs=4,
                    learning_rate=2.5e-4, clip_coef=0.1, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"
@@ -723,7 +724,7 @@ def evaluate(agent, args, episodes=100, **kwargs):
             returns[i].append(episode_return)
         envs.episodes.clear()
         steps += 1
-        if steps % 5000 == 0:
+        if steps % 10_000 == 0:
             print(f"evaluation: {done} of {episodes} episodes in {steps:,} steps", flush=True)
         if Run.stop_signal:
             raise SystemExit(128 + Run.stop_signal)

@@ -751,7 +751,7 @@ def evaluate(agent, args, episodes=100, **kwargs):
             returns[i].append(episode_return)
         envs.episodes.clear()
         steps += 1
-        if steps % 5000 == 0:
+        if steps % 10_000 == 0:
             print(f"evaluation: {done} of {episodes} episodes in {steps:,} steps", flush=True)
         if Run.stop_signal:
             raise SystemExit(128 + Run.stop_signal)
