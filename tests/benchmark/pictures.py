@@ -77,7 +77,8 @@ def grid(rows, read, path, columns=3):
 def bars(path):
     """Speed as a multiple of the peer's, with the spread of the pairs."""
     with open(HERE / "results/speed.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["peer"]][::-1]
+        rows = [row for row in csv.DictReader(file)
+                if row["peer"] and not row["peer"].startswith("sbx.")][::-1]
     ratio, low, high = (np.array([float(row[key]) for row in rows])
                         for key in ("ratio", "low", "high"))
     figure = Figure((8, 0.5 * len(rows) + 1.2), layout="constrained")

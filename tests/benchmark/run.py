@@ -253,6 +253,21 @@ def solved(path=HERE / "results/solve.csv"):
     return "\n".join(lines).replace("| -", "| −")
 
 
+def sbx(path=HERE / "results/speed.csv"):
+    """Speed beside SBX, and the seconds before the first step, in Markdown."""
+    lines = ["| setting | steps/s | those of SBX | ratio | startup | that of SBX |",
+             "|---|---|---|---|---|---|"]
+    with open(path) as file:
+        for row in csv.DictReader(file):
+            if row["peer"].startswith("sbx."):
+                setting = row.pop("name").removesuffix(" (SBX)")
+                x = {key: float(value) for key, value in row.items() if key != "peer"}
+                lines.append(f"| {setting} | {x['ours']:,.0f} | {x['theirs']:,.0f} | "
+                             f"{x['ratio']:.2f} ({x['low']:.2f} to {x['high']:.2f}) | "
+                             f"{max(0, x['startup']):.1f} s | {x['peer_startup']:.1f} s |")
+    return "\n".join(lines)
+
+
 LADDER = [  # script, what it adds, its equation, the row that the README shows
     ("reinforce", "policy gradient, reward-to-go, baselines", "∇J = E[∇log π(a∣s) · (G − b)]",
      "CartPole-v1"),
@@ -295,7 +310,7 @@ def tables():
     ablations = {f"ablation of {script}": ablation(rows) for script, rows in ABLATIONS.items()}
     return dict(ladder=ladder(), results=table(ROWS), fresh=table(FRESH), solved=solved(),
                 objectives=table(OBJECTIVES), maximizers=table(MAXIMIZERS),
-                horizons=table(HORIZONS)) | ablations
+                horizons=table(HORIZONS), sbx=sbx()) | ablations
 
 
 def main():
