@@ -262,9 +262,10 @@ def sbx(path=HERE / "results/speed.csv"):
             if row["peer"].startswith("sbx."):
                 setting = row.pop("name").removesuffix(" (SBX)")
                 x = {key: float(value) for key, value in row.items() if key != "peer"}
+                startup = (f"{max(0, x['startup']):.1f} s | {x['peer_startup']:.1f} s"
+                           if row["peer"] == "sbx.PPO" else " | ")
                 lines.append(f"| {setting} | {x['ours']:,.0f} | {x['theirs']:,.0f} | "
-                             f"{x['ratio']:.2f} ({x['low']:.2f} to {x['high']:.2f}) | "
-                             f"{max(0, x['startup']):.1f} s | {x['peer_startup']:.1f} s |")
+                             f"{x['ratio']:.2f} ({x['low']:.2f} to {x['high']:.2f}) | {startup} |")
     return "\n".join(lines)
 
 
