@@ -486,6 +486,16 @@ def test_evaluation_plays_equally_many_episodes_everywhere_and_stops(
     assert len(returns) == episodes and (returns == 1).sum() == (returns == 100).sum()
 
 
+def test_a_long_evaluation_says_where_it_is(capsys):
+    import ppo
+    args = ppo.Args(**small("ppo", env=probe(ppo, "Counter"), total_timesteps=64))
+    agent, _ = ppo.train(args)
+    for length, line in (9_999, ""), (10_001, "evaluation: 0 of 1 episodes in 10,000 steps\n"):
+        capsys.readouterr()
+        ppo.evaluate(agent, args, 1, length=length)
+        assert capsys.readouterr().out == line
+
+
 @pytest.mark.plumbing("mbrl_mpc")
 def test_evaluation_tells_an_agent_with_a_reset_where_episodes_begin(script, module):
     args = module.Args(**small(script, env=probe(module, "Uneven"), total_timesteps=128))

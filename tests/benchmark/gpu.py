@@ -1,11 +1,12 @@
-"""What a GPU is worth: its tests, then steps per second with CUDA graphs, without them, and on the CPU.
+"""What a GPU is worth: its tests, then steps/s with CUDA graphs, without them, and on the CPU.
 
     python tests/benchmark/gpu.py                     about a quarter of an hour on one GPU
     python tests/benchmark/gpu.py --only ppo          the settings that contain the word
-    python tests/benchmark/gpu.py --pong 10000000     and Pong by ppo.py and dqn.py, in so many steps
+    python tests/benchmark/gpu.py --pong 10000000     and Pong by ppo.py and dqn.py in so many steps
 
 Each run is a process of its own, with seed 1 and the presets; the return is that of its final agent
-over 100 episodes, 10 of Pong. The three returns of a row should differ no more than those of three seeds."""
+over 100 episodes, 10 of Pong. The three returns of a row should differ no more than those of three
+seeds."""
 import argparse
 import json
 import pathlib

@@ -254,7 +254,7 @@ def solved(path=HERE / "results/solve.csv"):
 
 
 def sbx(path=HERE / "results/speed.csv"):
-    """Speed beside SBX, and the seconds before the first step, in Markdown."""
+    """Speed beside SBX, and for PPO the seconds lost at the start, in Markdown."""
     lines = ["| setting | steps/s | those of SBX | ratio | startup | that of SBX |",
              "|---|---|---|---|---|---|"]
     with open(path) as file:
