@@ -66,7 +66,7 @@ class Args:
     seed: int = arg(1, "seed of networks, environments and sampling", 0, 2**53)
     device: str = arg("auto", "cpu, cuda, cuda:1, ...; auto is cuda if there is one")
     threads: int = arg(1, "CPU threads of torch; one is fastest for small networks", 1)
-    run_dir: str = arg("", "folder of the run; default: a new one in runs/, from Python none")
+    run_dir: str = arg("", "folder of the run; empty: a new one in runs/, from Python none")
     checkpoint_every: int = arg(0, "steps between checkpoints; 0: one a minute", 0)
     # The algorithm.
     planner: typing.Literal["cem", "random", "policy"] = arg("cem", "cem (5), random or policy (7)")
@@ -441,6 +441,7 @@ NAME = pathlib.Path(globals().get("__file__", "notebook.py")).stem
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 OPENED = []  # environments and writers, for clean_up to close
+CLEAR = "\033[K" * sys.stderr.isatty()  # erases the progress line, which the cursor is on
 
 
 class UserError(ValueError):
@@ -458,7 +459,8 @@ def apply_settings(args, given):
         (low, high), choices = f.metadata["limits"], typing.get_args(f.type)
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             new = os.fspath(value) if kind is str else kind(float(value))  # 1e5 is an int, too
-            if new in (choices or [new]) if kind is str else low <= new == float(value) <= high:
+            valid = new in choices if choices else kind is str or low <= new == float(value) <= high
+            if valid:
                 setattr(args, f.name, new)
                 continue
         limits = f" >= {low:g}" * (low > -3e38) + f" and <= {high:g}" * (high < 3e38)
@@ -491,7 +493,8 @@ def clean_up():
 
 def setup(args):
     """Choose the device, join the other processes, and seed the networks alike in all of them."""
-    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    gpus = torch.cuda.device_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # per process
+    name = args.device.replace("auto", "cuda" if gpus else "cpu")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, dtype=torch.double, device=device).item()  # mps has no double
@@ -533,11 +536,11 @@ def cuda_graph(function, device):
     def replay(*inputs):
         shapes = tuple(x.shape for x in inputs)
         calls[shapes] += 1
-        if calls[shapes] <= 3:  # these warm up, and count like any other
+        if calls[shapes] <= 3:  # warm-up; they are real calls, too
             return function(*inputs)
         if shapes not in graphs:
             graph, static_inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
                 graphs[shapes] = graph, static_inputs, function(*static_inputs)
         graph, static_inputs, output = graphs[shapes]
         for static, x in zip(static_inputs, inputs):
@@ -573,7 +576,7 @@ def make_env(env_id, wrappers=(), **kwargs):
 
 
 class SyncVectorEnv(gym.vector.SyncVectorEnv):
-    """gymnasium's in SAME_STEP mode, twice as fast: it gathers no infos but `final_obs`."""
+    """gymnasium's in SAME_STEP mode, a quarter faster: it keeps no infos but `final_obs`."""
 
     def step(self, actions):
         results, final_obs = [], {}
@@ -612,6 +615,7 @@ class VecEnv:
         if kind not in ACTION_SPACES or kind == "Box" and self.action_space.dtype.kind != "f":
             raise UserError(f"{NAME} takes {' and '.join(ACTION_SPACES)} actions, {env_id} has "
                             f"{self.action_space}; ppo takes Discrete and float Box actions")
+        # NatureCNN needs images of 36 x 36 or more; smaller ones become vectors.
         self.image = space.dtype == np.uint8 and len(self.shape) == 3 and sorted(self.shape)[1] > 35
         low, high = (self.to_array(x[None])[0] for x in (space.low, space.high))
         self.obs_space = gym.spaces.Box(low, high, dtype=low.dtype)
@@ -627,7 +631,8 @@ class VecEnv:
 
     def to_tensor(self, array, checked=slice(None)):
         if not np.isfinite(array[checked]).all():
-            raise UserError(f"{self.id} gave numbers that are not finite: {array.tolist()}")
+            wrong = array[~np.isfinite(array)]
+            raise UserError(f"{self.id} gave observations or rewards that are not finite: {wrong}")
         return torch.from_numpy(array).to(self.device)
 
     def reset(self, seed):
@@ -687,11 +692,11 @@ class Run:
 
     def __init__(self, args, envs, resume, **modules):
         self.args, self.envs, self.modules, self.writer = args, envs, modules, None
-        saved = dict(args=vars(args), step=0, history=[], recent=[], seconds=0)
-        if resume:
-            saved = load_checkpoint(resume, envs.device, **modules)
+        saved = load_checkpoint(resume, envs.device, **modules) if resume else dict(
+            args=vars(args), step=0, history=[], recent=[], seconds=0)
         self.step, self.history, self.recent = saved["step"], saved["history"], saved["recent"]
         self.start_time, self.next_save = time.time() - saved["seconds"], 0
+        # The last batch may end beyond total_timesteps; such a run can still be resumed.
         if args.total_timesteps < min(self.step, saved["args"]["total_timesteps"]):
             raise UserError(f"{resume} is at step {self.step:,}, beyond {args.total_timesteps:,}")
         self.folder = pathlib.Path(args.run_dir) if args.run_dir and RANK == 0 else None
@@ -707,18 +712,19 @@ class Run:
         if RANK == 0:
             print(f"{NAME} on {envs.device}:", {name: value for name, value in vars(args).items()
                                                 if value != getattr(Args, name)}, flush=True)
-        # A resumed run starts new episodes, with numbers that depend on nothing but these three.
+        # A resumed run starts new episodes; its random numbers depend only on seed, step and rank.
         envs.reset(seed_everything(args.seed, self.step, RANK))
 
     def write(self, name, save):
-        """Call save(path), and rename the file in the end: a kill cannot leave half of it."""
+        """Call save(path) for a temporary file, then rename it: a kill cannot leave half of it."""
         path, part = self.folder / name, self.folder / f"{name}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save(part)
             os.replace(part, path)
-        except (OSError, RuntimeError) as error:  # torch.save does not say why it failed
-            raise UserError(f"cannot write {path}; is the disk full? {error}") from error
+        except (OSError, RuntimeError) as error:  # a RuntimeError of torch.save hides the cause
+            hint = "; is the disk full?" * isinstance(error, RuntimeError)
+            raise UserError(f"cannot write {path}: {error}{hint}") from error
 
     def checkpoint(self):
         """Call once per iteration: save if a checkpoint is due, stop if a signal asked for it."""
@@ -727,7 +733,7 @@ class Run:
         if stop:
             self.finish()
             if self.folder:
-                print(f"stopped; --resume {self.folder} continues", file=sys.stderr)
+                print(f"{CLEAR}stopped; --resume {self.folder} continues", file=sys.stderr)
             raise SystemExit(128 + (Run.stop_signal or signal.SIGTERM))
         if (self.step if self.args.checkpoint_every else time.time()) >= self.next_save:
             self.save()
@@ -799,13 +805,13 @@ def load_agent(run, **changes):
 
 @clean_up()
 def evaluate(agent, args, episodes=100, **kwargs):
-    """The returns (episodes,) of the deterministic policy on fresh episodes.
+    """The returns (episodes,) of the deterministic policy on fresh episodes; kwargs: of gym.make.
 
     Each environment plays equally many, so that short episodes do not count more often."""
     torch.set_num_threads(args.threads)
-    returns, steps = [[] for _ in range(min(episodes, 20))], 0
+    returns, next_print = [[] for _ in range(min(episodes, 20))], time.time() + 60
     envs = VecEnv(args.env, len(returns), next(agent.parameters()).device, **kwargs)
-    envs.reset(seed_everything(args.seed, 0, 0, 1))  # training has keys of 1 and 3: other episodes
+    envs.reset(seed_everything(args.seed, 0, 0, 1))  # the 1: other episodes than in training
     while (done := min(map(len, returns)) * len(returns)) < episodes:
         if hasattr(agent, "reset"):  # a planner forgets its plans where an episode starts
             agent.reset(envs.episode_starts)
@@ -813,9 +819,9 @@ def evaluate(agent, args, episodes=100, **kwargs):
         for i, episode_return, _ in envs.episodes:
             returns[i].append(episode_return)
         envs.episodes.clear()
-        steps += 1
-        if steps % 10_000 == 0:
-            print(f"evaluation: {done} of {episodes} episodes in {steps:,} steps", flush=True)
+        if time.time() > next_print:
+            print(f"evaluation: {done} of {episodes} episodes", flush=True)
+            next_print = time.time() + 60
         if Run.stop_signal:
             raise SystemExit(128 + Run.stop_signal)
     return np.array(list(zip(*returns))).flatten()[:episodes]
@@ -827,7 +833,7 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{NAME}.py: {message}\n")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", metavar="RUN", type=pathlib.Path, help="resume a stopped run")
+    group.add_argument("--resume", metavar="RUN", type=pathlib.Path, help="resume a run")
     group.add_argument("--evaluate", metavar="RUN", type=pathlib.Path, help="score a run's agent")
     parser.add_argument("--episodes", help="episodes to score (100)", default=100, type=int)
     parser.add_argument("--video", help="film an episode", action="store_true")
@@ -883,11 +889,11 @@ def main():
             if options.render:
                 evaluate(agent, args, 1, render_mode="human")
     except (UserError, FloatingPointError, ImportError, gym.error.Error, BrokenPipeError) as error:
-        print(f"{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
+        print(f"{CLEAR}{NAME}.py:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    except Exception as error:  # of the environment, as a rule: its author needs the traceback
+    except Exception as error:  # a bug here or in the environment: show where
         hint = "; without a display MuJoCo needs MUJOCO_GL=egl" * (options.video or options.render)
-        print(f"{NAME}.py: {args.env} failed: {error}{hint}", file=sys.stderr)
+        print(f"{CLEAR}{NAME}.py failed on {args.env}: {error}{hint}", file=sys.stderr)
         traceback.print_exc()
         sys.exit(2)
 
