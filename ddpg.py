@@ -10,10 +10,10 @@ critic learn from a replay buffer, with targets from slow copies of themselves.
 (3)  actor_loss = -E[Q(obs, mu(obs))], as a function of the weights of mu only
 (4)  target_weights = target_weights + tau * (weights - target_weights)
 (5)  noise = (1 - theta) * noise + sigma * N(0, 1), with theta = 1 for Gaussian noise
-(6)  or, with --maximizer cem, no actor: mu(obs) = argmax_a Q(obs, a) by search. First actions ~
-     Uniform(-1, 1), then actions ~ clip(mean + std * N(0, 1), -1, 1) with mean = E[elites] and
-     std = Std[elites] + 0.01, the elites being the best actions so far; --maximizer random stops
-     after the first
+(6)  or a search in place of the actor. With --maximizer random, mu(obs) is the action of highest
+     Q(obs, a) among population actions ~ Uniform(-1, 1). With --maximizer cem, that is the first
+     iteration; each later one adds population actions ~ clip(mean + std * N(0, 1), -1, 1), with
+     mean = E[elites] and std = Std[elites] + 0.01 of the elites, the best actions so far
 
     repeat
         add train_every steps with the actions mu(obs) + noise (5) to the replay buffer
@@ -24,9 +24,9 @@ critic learn from a replay buffer, with targets from slow copies of themselves.
 Lillicrap et al. 2015, arXiv:1509.02971; (3) is from Silver et al. 2014, (6) from QT-Opt,
 arXiv:1806.10293. As in most later work, there is no batch normalization and no weight decay, the
 critic sees the action from its first layer on, the first actions are uniform, and the default noise
-is Gaussian. Actor and critic share one optimizer and, for images, one encoder, which learns only
-from (2). In (5) and (6), actions are scaled to [-1, 1]. A time limit (truncation) bootstraps from
-target_Q; only a termination does not.
+is Gaussian. Actor and critic share one optimizer and learning rate, so (3) uses the critic before
+its step; for images they share one encoder, which learns only from (2). In (5) and (6), actions are
+scaled to [-1, 1]. A time limit (truncation) bootstraps from target_Q; only a termination does not.
 
     python ddpg.py --env HalfCheetah-v5
 """
@@ -69,7 +69,7 @@ class Args:
     maximizer: typing.Literal["actor", "random", "cem"] = arg("actor", "actor (3) or a search (6)")
     population: int = arg(64, "random, cem: actions in an iteration of the search (6)", 1)
     elites: int = arg(6, "cem: actions that the next iteration is fitted to", 1)
-    iterations: int = arg(2, "cem: iterations of the search (6)", 1)
+    iterations: int = arg(2, "cem: iterations of the search (6)", 2)
     noise: typing.Literal["gaussian", "ou"] = arg("gaussian", "gaussian or ou (Ornstein-Uhlenbeck)")
     sigma: float = arg(0.1, "scale of the noise (5), for actions in [-1, 1]", 0)
     theta: float = arg(0.15, "ou: rate at which the noise (5) returns to 0", 0, 1)
@@ -88,7 +88,7 @@ PRESETS = {  # settings that are known to work; keys may be patterns
     "Reacher-v5": dict(total_timesteps=100_000, learning_starts=1000, batch_size=128,
                        hidden_size=128),
     "HalfCheetah-v5": dict(learning_starts=5000, batch_size=128)}
-ACTION_SPACES = "Box",
+ACTION_SPACES = ("Box",)
 
 
 # ===================================================================================== Networks
@@ -163,40 +163,41 @@ class Agent(nn.Module):
 
 
 class ReplayBuffer:
-    """The last `size` transitions, as tensors (size // num_envs, num_envs, ...) on the device."""
+    """The last `size` transitions, tensors (rows, num_envs, ...); new rows replace the oldest."""
 
     def __init__(self, size, num_envs, obs_space, action_space, device):
-        self.rows, self.count = size // num_envs, 0  # count: how often `add` was called
-        obs = obs_space.shape, getattr(torch, obs_space.dtype.name)
-        action, number = ((gym.spaces.flatdim(action_space),), torch.float32), ((), torch.float32)
+        self.rows, self.num_envs, self.count = size // num_envs, num_envs, 0  # count: rows added
+        scalar, obs = ((), torch.float), (obs_space.shape, getattr(torch, obs_space.dtype.name))
+        layout = dict(obs=obs, actions=((gym.spaces.flatdim(action_space),), torch.float),
+                      next_obs=obs, rewards=scalar, terminations=scalar)
         try:
-            self.data = [torch.zeros(self.rows, num_envs, *shape, dtype=dtype, device=device)
-                         for shape, dtype in (obs, action, obs, number, number)]
+            self.data = {name: torch.zeros(self.rows, num_envs, *shape, dtype=dtype, device=device)
+                         for name, (shape, dtype) in layout.items()}
         except RuntimeError as error:
             raise UserError(f"buffer_size is {size:,}, which does not fit into the memory of "
                             f"{device}: pass a smaller --buffer-size") from error
 
     def add(self, *transition):
-        """Replace the oldest row by (obs, actions, next_obs, rewards, terminations)."""
-        for x, new in zip(self.data, transition):
+        """Add a row (obs, actions, next_obs, rewards, terminations), each (num_envs, ...)."""
+        for x, new in zip(self.data.values(), transition, strict=True):
             x[self.count % self.rows] = new
         self.count += 1
 
     def sample(self, batch_size):
         """A batch (B, ...) of transitions, uniform and with replacement."""
-        filled, num_envs = min(self.count, self.rows), self.data[0].shape[1]
-        indices = torch.randint(filled * num_envs, (batch_size,), device=self.data[0].device)
-        return [x.flatten(0, 1)[indices] for x in self.data]
+        filled = min(self.count, self.rows) * self.num_envs
+        indices = torch.randint(filled, (batch_size,), device=self.data["obs"].device)
+        return [x.flatten(0, 1)[indices] for x in self.data.values()]
 
     def state_dict(self):
         filled = min(self.count, self.rows)  # by numpy, as torch.save writes all rows of a view
-        return dict(count=self.count,
-                    data=[torch.from_numpy(x[:filled].numpy(force=True)) for x in self.data])
+        return dict(count=self.count, data={
+            name: torch.from_numpy(x[:filled].numpy(force=True)) for name, x in self.data.items()})
 
     def load_state_dict(self, saved):
         self.count = saved["count"]
-        for x, old in zip(self.data, saved["data"], strict=True):
-            filled = x[:min(self.count, self.rows)]
+        for name, x in self.data.items():
+            filled, old = x[:min(self.count, self.rows)], saved["data"][name]
             if filled.shape != old.shape:
                 raise ValueError(f"its buffer is {tuple(old.shape)}, not {tuple(filled.shape)}")
             filled.copy_(old)
@@ -282,7 +283,7 @@ def train(args, resume=""):
         q_values = agent.q_values(features, actions)
         critic_loss = F.mse_loss(q_values, targets)                                         # (2)
         metrics = [critic_loss, q_values.mean()]
-        weights.grad.zero_()  # optimizer.zero_grad() takes longer
+        weights.grad.zero_()  # zero_grad() would set it to None; each p.grad is a view of it
         critic_loss.backward()
         if args.maximizer == "actor":
             actor_loss = -agent.q_values(features, agent.mu(features)).mean()               # (3)

@@ -9,7 +9,7 @@ transitions from a replay buffer, with next values of a target network, a slowly
      with terminations and next_values of step t + n - 1; n is n_step, or less where the episode or
      the buffer ends first
 (2)  next_values = target_Q(next_obs, argmax_a Q(next_obs, a)), the target of double DQN;
-     or, with --no-double, target_Q(next_obs, argmax_a target_Q(next_obs, a))
+     or, with --no-double, max_a target_Q(next_obs, a)
 (3)  loss = E[importance * huber(Q(obs, actions) - td_target)]
 (4)  target_weights = weights every target_every steps; or, if target_every is 0, at each update
      target_weights = target_weights + tau * (weights - target_weights)
@@ -24,15 +24,15 @@ transitions from a replay buffer, with next values of a target network, a slowly
     repeat
         take train_every steps in each environment with actions (5), add them to the buffer
         every target_every steps, copy the weights to the target network (4)
-        for each of num_updates batches of batch_size transitions, drawn by (6)
+        num_updates times, with batch_size transitions of the buffer, drawn by (6)
             take one Adam step on the loss (3)
 
 Mnih et al. 2015, Nature 518; double DQN: arXiv:1509.06461; dueling: arXiv:1511.06581; prioritized:
-arXiv:1511.05952; n-step: arXiv:1710.02298. Differences: the learning rate of Adam falls linearly to
-0 (--no-anneal keeps it), V and A share all layers but the last, and rewards are not clipped. The
-first learning_starts steps are uniformly random; epsilon or temperature falls linearly, beta rises
-linearly to 1. A time limit (truncation) bootstraps from max_a Q(next_obs, a); only a termination
-does not.
+arXiv:1511.05952; n-step: arXiv:1710.02298. Differences: Adam instead of RMSProp, with a learning
+rate that falls linearly to 0 (--no-anneal keeps it); target_every counts steps, not updates; V and
+A share all layers but the last; rewards are not clipped. The first learning_starts steps are
+uniformly random; epsilon or temperature falls linearly, beta rises linearly to 1. A time limit
+(truncation) bootstraps from the next_values (2); only a termination does not.
 
     python dqn.py --env Acrobot-v1
 """
@@ -81,7 +81,7 @@ class Args:
     double: bool = arg(True, "double DQN: Q chooses the next action (2)")
     dueling: bool = arg(False, "dueling networks (7)")
     prioritized: bool = arg(False, "prioritized replay (6)")
-    alpha: float = arg(0.6, "prioritized: exponent of the priorities; 0 is uniform", 0)
+    alpha: float = arg(0.6, "prioritized: exponent of the priorities; 0 is uniform", 0, 1)
     beta: float = arg(0.4, "prioritized: initial exponent of importance; rises to 1", 0, 1)
     n_step: int = arg(1, "rewards in the target (1)", 1)
     scale_obs: bool = arg(False, "scale vector observations from their bounds to [-1, 1]")
@@ -107,7 +107,7 @@ PRESETS = {  # settings that are known to work; keys may be patterns
                    train_every=4, num_updates=8, learning_rate=1e-4, target_every=8000,
                    exploration_end=0.01, exploration_fraction=0.1,
                    checkpoint_every=1_000_000)}
-ACTION_SPACES = "Discrete",
+ACTION_SPACES = ("Discrete",)
 
 
 # ===================================================================================== Networks
@@ -147,7 +147,7 @@ class Agent(nn.Module):
     def __init__(self, obs_space, action_space, args):
         super().__init__()
         self.dueling, self.boltzmann = args.dueling, args.exploration == "boltzmann"
-        self.temperature = nn.Buffer(torch.ones(()))
+        self.temperature = nn.Buffer(torch.ones(()))  # a tensor, as a CUDA graph reads it
         self.num_actions = int(action_space.n)
         if len(obs_space.shape) == 3:
             encoder, sizes = [NatureCNN(obs_space.shape)], [512]
@@ -167,7 +167,9 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False):
-        """The actions (N,) of the highest Q for obs (N, *shape), or samples of boltzmann (5)."""
+        """Actions (N,) for obs (N, *shape): of the highest Q or, with boltzmann, samples of (5).
+
+        `train` adds the random actions of epsilon."""
         q_values = self.q_values(obs)
         if self.boltzmann and not deterministic:
             # The argmax with Gumbel noise is a sample of the softmax.
@@ -185,9 +187,9 @@ class ReplayBuffer:
     def __init__(self, size, num_envs, obs_space, device):
         self.rows, self.num_envs, self.count = size // num_envs, num_envs, 0  # count: rows added
         self.max_priority = torch.ones((), device=device)  # of all priorities so far
-        number, obs = ((), torch.float), (obs_space.shape, getattr(torch, obs_space.dtype.name))
-        layout = dict(obs=obs, episode_starts=number, actions=((), torch.long), next_obs=obs,
-                      rewards=number, terminations=number, priorities=number)
+        scalar, obs = ((), torch.float), (obs_space.shape, getattr(torch, obs_space.dtype.name))
+        layout = dict(obs=obs, episode_starts=scalar, actions=((), torch.long), next_obs=obs,
+                      rewards=scalar, terminations=scalar, priorities=scalar)
         try:
             self.data = {name: torch.zeros(self.rows, num_envs, *shape, dtype=dtype, device=device)
                          for name, (shape, dtype) in layout.items()}
@@ -218,12 +220,12 @@ class ReplayBuffer:
             indices, importance = draw_prioritized(priorities[:filled], batch_size, beta)
         last, returns, discounts = n_step_returns(
             indices, rewards, episode_starts, self.num_envs, gamma, n_step)
-        obs, actions = obs.index_select(0, indices), actions.index_select(0, indices)
-        next_obs, terminations = next_obs.index_select(0, last), terminations.index_select(0, last)
-        return indices, obs, actions, returns, next_obs, terminations, discounts, importance
+        return (indices, obs[indices], actions[indices], next_obs[last], returns,
+                terminations[last], discounts, importance)
 
     def update_priorities(self, indices, td_errors, alpha):
-        self.flat[-1][indices] = priorities = (td_errors.abs() + 1e-6).pow(alpha)           # (6)
+        priorities = (td_errors.abs() + 1e-6).pow(alpha)                                    # (6)
+        self.flat[-1][indices] = priorities
         torch.maximum(self.max_priority, priorities.max(), out=self.max_priority)
 
     def state_dict(self):
@@ -259,7 +261,7 @@ def n_step_returns(indices, rewards, episode_starts, num_envs, gamma, n_step):
     """The index of the last reward in (1), the sum of the rewards, and gamma^n; each (B,).
 
     The next step of each index is num_envs further."""
-    last, returns = indices, rewards.index_select(0, indices)
+    last, returns = indices, rewards[indices]
     discounts = torch.full_like(returns, gamma)
     for _ in range(n_step - 1):
         next_index = (last + num_envs) % len(rewards)
@@ -271,12 +273,10 @@ def n_step_returns(indices, rewards, episode_starts, num_envs, gamma, n_step):
     return last, returns, discounts
 
 
-def td_target(returns, discounts, terminations, next_q_values, choosing_q_values):
-    """The target (1) with the next values (2); `choosing_q_values` choose the next actions."""
-    next_actions = choosing_q_values.argmax(-1, keepdim=True)
-    next_values = next_q_values.gather(-1, next_actions).squeeze(-1)                        # (2)
-    # Not times (1 - terminations): a next value that does not count may be NaN.
-    return torch.where(terminations > 0, returns, returns + discounts * next_values)        # (1)
+def td_target(returns, next_values, terminations, discounts):
+    """The target (1); every tensor is (B,)."""
+    next_values = torch.where(terminations > 0, 0.0, next_values)  # not a product: 0 * NaN is NaN
+    return returns + discounts * next_values
 
 
 def train(args, resume=""):
@@ -296,7 +296,7 @@ def train(args, resume=""):
     agent, target = (Agent(envs.obs_space, envs.action_space, args).to(device) for _ in range(2))
     weights, target_weights = flatten_parameters(agent), flatten_parameters(target)
     target_weights.copy_(weights)
-    # On a GPU, graphs read what changes over time from tensors.
+    # A tensor, because a CUDA graph would keep the value that a float had at its capture.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.Adam([weights], learning_rate, fused=True,
                                  capturable=device.type == "cuda")
@@ -304,17 +304,18 @@ def train(args, resume=""):
     # Each process has its own buffer. A checkpoint holds the first one's, and all resume from it.
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
 
-    def update(obs, actions, returns, next_obs, terminations, discounts, importance):
+    def update(obs, actions, next_obs, returns, terminations, discounts, importance):
         """One Adam step on a batch (B, ...); return (td_errors, q_values, losses) (3, B)."""
         with torch.no_grad():
             next_q_values = target.q_values(next_obs)
             choosing_q_values = agent.q_values(next_obs) if args.double else next_q_values
-            targets = td_target(returns, discounts, terminations, next_q_values,
-                                choosing_q_values)                                      # (1), (2)
+            next_actions = choosing_q_values.argmax(-1, keepdim=True)
+            next_values = next_q_values.gather(-1, next_actions).squeeze(-1)                # (2)
+            targets = td_target(returns, next_values, terminations, discounts)              # (1)
         q_values = agent.q_values(obs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
         losses = importance * F.huber_loss(q_values, targets, reduction="none")
         loss = losses.mean()                                                                # (3)
-        weights.grad.zero_()  # optimizer.zero_grad() takes longer
+        weights.grad.zero_()  # zero_grad() would set it to None; each p.grad is a view of it
         loss.backward()
         all_reduce_mean(weights.grad)
         optimizer.step()
@@ -322,13 +323,13 @@ def train(args, resume=""):
             target_weights.lerp_(weights, args.tau)                                         # (4)
         return torch.stack([q_values - targets, q_values, losses]).detach()
 
-    act, update = cuda_graph(agent.act, device), cuda_graph(update, device)
+    act, update = (cuda_graph(f, device) for f in (agent.act, update))
     while run.step < args.total_timesteps:
         run.checkpoint()
         progress = run.step / args.total_timesteps
         optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (1 - progress * args.anneal))
         beta = args.beta + (1 - args.beta) * progress if args.prioritized else None
-        decay = min(progress / args.exploration_fraction, 1)
+        decay = min(progress / args.exploration_fraction, 1)  # of epsilon or the temperature
         exploration = (1 - decay) * args.exploration_start + decay * args.exploration_end
         epsilon = 0 if agent.boltzmann else exploration
         if run.step < args.learning_starts:
@@ -336,13 +337,12 @@ def train(args, resume=""):
         if agent.boltzmann:
             agent.temperature.fill_(max(exploration, 1e-8))
 
-        # Drawing the random numbers of all steps at once saves 15 us a step.
-        shape, rollout = (args.train_every, args.num_envs), []
-        random_actions = torch.randint(agent.num_actions, shape, device=device)
-        is_random = torch.rand(shape, device=device) < epsilon
-        for t in range(args.train_every):
+        rollout = []
+        for _ in range(args.train_every):
             obs, episode_starts = envs.obs, envs.episode_starts
-            actions = torch.where(is_random[t], random_actions[t], act(obs))                # (5)
+            random_actions = torch.randint(agent.num_actions, (args.num_envs,), device=device)
+            is_random = torch.rand(args.num_envs, device=device) < epsilon
+            actions = torch.where(is_random, random_actions, act(obs))                      # (5)
             next_obs, rewards, terminations, _ = envs.step(actions)
             rollout.append((obs, episode_starts, actions, next_obs, rewards, terminations))
         buffer.add(*(torch.stack(x) for x in zip(*rollout)))

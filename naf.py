@@ -7,12 +7,12 @@ and the action mu that reaches it. The network learns from a replay buffer, with
 copy of itself.
 
 (1)  td_target = rewards + gamma * (1 - terminations) * target_V(next_obs)
-(2)  loss = E[(Q(obs, actions) - td_target)^2] + E[max(0, |u(obs)| - 2)^2]
-(3)  Q(obs, actions) = V(obs) - (actions - mu(obs))^T P(obs) (actions - mu(obs)) / 2
-     mu(obs) = tanh(u(obs)) / tanh(2) and P(obs) = L(obs) L(obs)^T, where L is lower triangular
-     with outputs of the network below the diagonal and 1 + exp(outputs) on it
+(2)  loss = E[(Q(obs, actions) - td_target)^2] + E[max(0, |raw_mu(obs)| - 2)^2]
+(3)  Q(obs, actions) = V(obs) - (actions - mu(obs))^T P(obs) (actions - mu(obs)) / 2, with
+     mu(obs) = tanh(raw_mu(obs)) / tanh(2) and P(obs) = L(obs) L(obs)^T; the network outputs V,
+     raw_mu and L, which is lower triangular with 1 + exp(outputs) on its diagonal
 (4)  target_weights = target_weights + tau * (weights - target_weights)
-(5)  noise = (1 - theta) * noise + sigma * N(0, 1), with theta = 1 for Gaussian noise
+(5)  noise = sigma * N(0, 1)
 
     repeat
         add train_every steps with the actions mu(obs) + noise (5) to the replay buffer
@@ -20,13 +20,13 @@ copy of itself.
             take one Adam step on the loss (2)
             move the target network towards the network (4)
 
-Gu et al. 2016, arXiv:1603.00748, without imagined rollouts. As in most later work, there is no
-batch normalization, and the first actions are uniform. In (3) and (5), actions are scaled to
-[-1, 1]. While V is still wrong, the loss can drive mu to a bound, where a flat tanh or a small P
-would leave it no gradient. So (2) keeps u near [-2, 2], where mu covers all actions, and the
-diagonal of L is above 1. The outputs for L are clamped to [-5, 5], so that exp cannot overflow and
-no entry of P dwarfs the others. A time limit (truncation) bootstraps from V(next_obs); only a
-termination does not.
+Gu et al. 2016, arXiv:1603.00748, without imagined rollouts and batch normalization. The noise is
+Gaussian, the first actions are uniform, and gradients are clipped to max_grad_norm. In (3) and (5),
+actions are scaled to [-1, 1]. While V is still wrong, the loss can drive mu to a bound, where a
+saturated tanh or a P near 0 would leave no gradient to bring it back. So (2) keeps raw_mu near
+[-2, 2], where mu covers all actions, and the diagonal of L is above 1. The outputs for L are
+clamped to [-5, 5], so that exp cannot overflow and no entry of P dwarfs the others. A time limit
+(truncation) bootstraps from target_V(next_obs); only a termination does not.
 
     python naf.py --env Pendulum-v1
 """
@@ -67,9 +67,7 @@ class Args:
     gamma: float = arg(0.99, "discount factor", 0, 1)
     tau: float = arg(0.005, "step of the target network towards the network (4)", 0, 1)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", 1e-8)
-    noise: typing.Literal["gaussian", "ou"] = arg("gaussian", "gaussian or ou (Ornstein-Uhlenbeck)")
     sigma: float = arg(0.3, "scale of the noise (5), for actions in [-1, 1]", 0)
-    theta: float = arg(0.15, "ou: rate at which the noise (5) returns to 0", 0, 1)
     hidden_size: int = arg(256, "units in each of the two hidden layers", 1)
 
     def __init__(self, **given):
@@ -83,7 +81,7 @@ PRESETS = {  # settings that are known to work; keys may be patterns
                                 hidden_size=64),
     "Reacher-v5": dict(total_timesteps=100_000, learning_starts=1000, batch_size=128,
                        hidden_size=128)}
-ACTION_SPACES = "Box",
+ACTION_SPACES = ("Box",)
 
 
 # ===================================================================================== Networks
@@ -120,20 +118,16 @@ class Agent(nn.Module):
         else:
             self.encoder, size = nn.Identity(), obs_space.shape[0]
         dim, hidden = len(self.low), [args.hidden_size, args.hidden_size]
-        self.network = mlp(size, *hidden, 1 + dim + dim * dim)  # V, u and L
+        self.network = mlp(size, *hidden, 1 + dim + dim * dim)  # V, raw_mu and L
 
     def heads(self, obs):
-        """V (...), mu and u (..., action_dim) and L (..., action_dim, action_dim) of obs."""
+        """V (...), mu and raw_mu (..., action_dim) and L (..., action_dim, action_dim)."""
         dim = len(self.low)
-        V, u, L = self.network(self.encoder(obs)).split([1, dim, dim * dim], -1)
-        mu = self.center + self.scale * u.tanh() / math.tanh(2)                             # (3)
+        V, raw_mu, L = self.network(self.encoder(obs)).split([1, dim, dim * dim], -1)
+        mu = self.center + self.scale * raw_mu.tanh() / math.tanh(2)                        # (3)
         L = L.unflatten(-1, (dim, dim)).clamp(-5, 5)
-        diagonal = 1 + L.diagonal(dim1=-2, dim2=-1).exp()
-        return V.squeeze(-1), mu, u, L.tril(-1) + diagonal.diag_embed()
-
-    def q_values(self, actions, V, mu, L):
-        """Q (...) of actions (..., action_dim), given the heads."""
-        return V + advantage((actions - mu) / self.scale, L)                                # (3)
+        diagonal = 1 + L.diagonal(dim1=-2, dim2=-1).exp()                                   # (3)
+        return V.squeeze(-1), mu, raw_mu, L.tril(-1) + diagonal.diag_embed()
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False, noise=0.0):
@@ -145,40 +139,41 @@ class Agent(nn.Module):
 
 
 class ReplayBuffer:
-    """The last `size` transitions, as tensors (size // num_envs, num_envs, ...) on the device."""
+    """The last `size` transitions, tensors (rows, num_envs, ...); new rows replace the oldest."""
 
     def __init__(self, size, num_envs, obs_space, action_space, device):
-        self.rows, self.count = size // num_envs, 0  # count: how often `add` was called
-        obs = obs_space.shape, getattr(torch, obs_space.dtype.name)
-        action, number = ((gym.spaces.flatdim(action_space),), torch.float32), ((), torch.float32)
+        self.rows, self.num_envs, self.count = size // num_envs, num_envs, 0  # count: rows added
+        scalar, obs = ((), torch.float), (obs_space.shape, getattr(torch, obs_space.dtype.name))
+        layout = dict(obs=obs, actions=((gym.spaces.flatdim(action_space),), torch.float),
+                      next_obs=obs, rewards=scalar, terminations=scalar)
         try:
-            self.data = [torch.zeros(self.rows, num_envs, *shape, dtype=dtype, device=device)
-                         for shape, dtype in (obs, action, obs, number, number)]
+            self.data = {name: torch.zeros(self.rows, num_envs, *shape, dtype=dtype, device=device)
+                         for name, (shape, dtype) in layout.items()}
         except RuntimeError as error:
             raise UserError(f"buffer_size is {size:,}, which does not fit into the memory of "
                             f"{device}: pass a smaller --buffer-size") from error
 
     def add(self, *transition):
-        """Replace the oldest row by (obs, actions, next_obs, rewards, terminations)."""
-        for x, new in zip(self.data, transition):
+        """Add a row (obs, actions, next_obs, rewards, terminations), each (num_envs, ...)."""
+        for x, new in zip(self.data.values(), transition, strict=True):
             x[self.count % self.rows] = new
         self.count += 1
 
     def sample(self, batch_size):
         """A batch (B, ...) of transitions, uniform and with replacement."""
-        filled, num_envs = min(self.count, self.rows), self.data[0].shape[1]
-        indices = torch.randint(filled * num_envs, (batch_size,), device=self.data[0].device)
-        return [x.flatten(0, 1)[indices] for x in self.data]
+        filled = min(self.count, self.rows) * self.num_envs
+        indices = torch.randint(filled, (batch_size,), device=self.data["obs"].device)
+        return [x.flatten(0, 1)[indices] for x in self.data.values()]
 
     def state_dict(self):
         filled = min(self.count, self.rows)  # by numpy, as torch.save writes all rows of a view
-        return dict(count=self.count,
-                    data=[torch.from_numpy(x[:filled].numpy(force=True)) for x in self.data])
+        return dict(count=self.count, data={
+            name: torch.from_numpy(x[:filled].numpy(force=True)) for name, x in self.data.items()})
 
     def load_state_dict(self, saved):
         self.count = saved["count"]
-        for x, old in zip(self.data, saved["data"], strict=True):
-            filled = x[:min(self.count, self.rows)]
+        for name, x in self.data.items():
+            filled, old = x[:min(self.count, self.rows)], saved["data"][name]
             if filled.shape != old.shape:
                 raise ValueError(f"its buffer is {tuple(old.shape)}, not {tuple(filled.shape)}")
             filled.copy_(old)
@@ -194,12 +189,6 @@ def td_target(rewards, next_values, terminations, gamma):
 def advantage(offsets, L):
     """-offsets^T P offsets / 2 of (3), as -|L^T offsets|^2 / 2, for offsets = actions - mu."""
     return -(L.mT @ offsets.unsqueeze(-1)).squeeze(-1).square().sum(-1) / 2
-
-
-def next_noise(noise, episode_starts, theta, sigma):
-    """The next noise (5) of each environment (N, action_dim); an episode starts from 0."""
-    noise = torch.where(episode_starts.unsqueeze(-1) > 0, 0.0, noise)
-    return (1 - theta) * noise + sigma * torch.randn_like(noise)
 
 
 def train(args, resume=""):
@@ -225,25 +214,23 @@ def train(args, resume=""):
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
     noise = torch.zeros(args.num_envs, len(agent.low), device=device)
 
-    @torch.inference_mode()
-    def explore(obs, episode_starts):
-        """The actions mu(obs) + noise, with the next noise."""
-        theta = args.theta if args.noise == "ou" else 1
-        noise.copy_(next_noise(noise, episode_starts, theta, args.sigma))                   # (5)
-        return agent.act(obs, noise=noise)
+    def explore(obs):
+        """The actions mu(obs) + noise."""
+        return agent.act(obs, noise=noise.normal_(std=args.sigma))                          # (5)
 
     def update(obs, actions, next_obs, rewards, terminations):
         """One Adam step on a batch (B, ...), then (4); return (loss, mean of Q)."""
         with torch.no_grad():
             next_values, *_ = target.heads(next_obs)
             targets = td_target(rewards, next_values, terminations, args.gamma)             # (1)
-        V, mu, u, L = agent.heads(obs)
-        q_values = agent.q_values(actions, V, mu, L)
-        loss = F.mse_loss(q_values, targets) + (u.abs() - 2).clamp(min=0).square().mean()   # (2)
-        weights.grad.zero_()  # optimizer.zero_grad() and clip_grad_norm_() take 40 us longer
+        V, mu, raw_mu, L = agent.heads(obs)
+        q_values = V + advantage((actions - mu) / agent.scale, L)                           # (3)
+        excess = (raw_mu.abs() - 2).clamp(min=0)
+        loss = F.mse_loss(q_values, targets) + excess.square().mean()                       # (2)
+        weights.grad.zero_()  # zero_grad() would set it to None; each p.grad is a view of it
         loss.backward()
         all_reduce_mean(weights.grad)
-        weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
+        weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))  # clip the norm
         optimizer.step()
         target_weights.lerp_(weights, args.tau)                                             # (4)
         return torch.stack([loss, q_values.mean()]).detach()
@@ -256,7 +243,7 @@ def train(args, resume=""):
             if run.step < args.learning_starts:
                 actions = agent.center + agent.scale * torch.empty_like(noise).uniform_(-1, 1)
             else:
-                actions = explore(obs, envs.episode_starts)
+                actions = explore(obs)
             next_obs, rewards, terminations, _ = envs.step(actions)
             buffer.add(obs, actions, next_obs, rewards, terminations)
         run.step += args.train_every * args.num_envs * WORLD_SIZE

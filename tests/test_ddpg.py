@@ -286,26 +286,23 @@ def test_bounds_without_a_finite_range_are_refused_before_anything_is_written(
 # Noise.
 
 
-@BOTH
-def test_noise_decays_by_theta_and_starts_from_0_with_an_episode(algorithm):
+def test_noise_decays_by_theta_and_starts_from_0_with_an_episode():
     noise = torch.tensor([[1.0, -2.0], [3.0, 4.0], [5.0, 6.0]])
     episode_starts = torch.tensor([0.0, 1.0, 0.0])
-    next_noise = algorithm.next_noise(noise, episode_starts, 0.25, 0.0)
+    next_noise = ddpg.next_noise(noise, episode_starts, 0.25, 0.0)
     assert next_noise.tolist() == [[0.75, -1.5], [0, 0], [3.75, 4.5]]
-    assert torch.equal(algorithm.next_noise(noise, episode_starts, 1, 0.0), torch.zeros(3, 2))
+    assert torch.equal(ddpg.next_noise(noise, episode_starts, 1, 0.0), torch.zeros(3, 2))
     torch.manual_seed(0)
-    next_noise = algorithm.next_noise(torch.zeros(50_000, 2), torch.zeros(50_000), 0.25, 0.3)
+    next_noise = ddpg.next_noise(torch.zeros(50_000, 2), torch.zeros(50_000), 0.25, 0.3)
     assert next_noise.std(0).tolist() == pytest.approx([0.3, 0.3], rel=0.02)
     assert torch.corrcoef(next_noise.T)[0, 1].abs() < 0.02  # each dimension has its own
 
 
-@BOTH
 @pytest.mark.parametrize("noise, theta", [("gaussian", 1), ("ou", 0.25)])
-def test_the_noise_of_each_environment_continues_until_its_own_episode_ends(
-        algorithm, noise, theta, spy):
-    calls, acts = spy(algorithm, "next_noise"), spy(algorithm.Agent, "act")
-    added = spy(algorithm.ReplayBuffer, "add")
-    train("probes:BoxUneven-v0", algorithm, noise=noise, theta=0.25, sigma=0.2, learning_starts=0,
+def test_the_noise_of_each_environment_continues_until_its_own_episode_ends(noise, theta, spy):
+    calls, acts = spy(ddpg, "next_noise"), spy(ddpg.Agent, "act")
+    added = spy(ddpg.ReplayBuffer, "add")
+    train("probes:BoxUneven-v0", noise=noise, theta=0.25, sigma=0.2, learning_starts=0,
           num_envs=3, checkpoint_every=24)
     assert len(calls) == len(acts) == len(added) == 32
     for before, call in zip([None, *calls], calls):
@@ -372,8 +369,8 @@ def test_a_checkpoint_holds_the_filled_rows_and_restores_them_exactly(algorithm,
             smaller.load_state_dict(buffer.state_dict())
         wider = new_buffer(algorithm, 900, num_envs=9)
         with pytest.raises(ValueError, match="its buffer"):  # without a check it would broadcast
-            wider.load_state_dict({**buffer.state_dict(), "data": [
-                x[:, :1] for x in buffer.state_dict()["data"]]})
+            wider.load_state_dict({**buffer.state_dict(), "data": {
+                name: x[:, :1] for name, x in buffer.state_dict()["data"].items()}})
 
 
 @BOTH
@@ -388,7 +385,7 @@ def test_a_buffer_that_does_not_fit_into_memory_is_refused(algorithm, tmp_path):
 
 @BOTH
 def test_updates_come_in_rounds_after_learning_starts(algorithm, spy):
-    samples, acts = spy(algorithm.ReplayBuffer, "sample"), spy(algorithm, "next_noise")
+    samples, acts = spy(algorithm.ReplayBuffer, "sample"), spy(algorithm.Agent, "act")
     added = spy(algorithm.ReplayBuffer, "add")
     train("probes:Bounds-v0", algorithm, num_envs=2, train_every=3, num_updates=5,
           total_timesteps=60, learning_starts=12)
@@ -404,8 +401,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(algori
             train("Pendulum-v1", algorithm, run_dir="run", **wrong)
     with pytest.raises(algorithm.UserError, match="96: pass --learning-starts 9$"):
         train("Pendulum-v1", algorithm, run_dir="run", learning_starts=97)
-    with pytest.raises(algorithm.UserError, match="noise"):
-        algorithm.Args(noise="brown")
+    with pytest.raises(algorithm.UserError, match="sigma"):
+        algorithm.Args(sigma=-1)
     assert list(tmp_path.iterdir()) == []
 
 

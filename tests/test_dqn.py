@@ -60,24 +60,18 @@ def test_a_truncation_bootstraps_from_the_true_last_observation_a_termination_do
         assert torch.allclose(call["out"], expected, atol=1e-5)
 
 
-def test_one_network_chooses_and_the_other_values():
-    next_q_values = torch.tensor([[1.0, 5.0, 2.0], [4.0, -1.0, 0.0]])
-    choosing = torch.tensor([[9.0, 1.0, 3.0], [0.0, 2.0, 7.0]])
-    returns, discounts = torch.tensor([10.0, 20.0]), torch.tensor([0.5, 0.25])
-    zeros, ones = torch.zeros(2), torch.ones(2)
-    targets = dqn.td_target(returns, discounts, zeros, next_q_values, choosing)
-    assert targets.tolist() == [10.5, 20.0]
-    targets = dqn.td_target(returns, discounts, zeros, next_q_values, next_q_values)
-    assert targets.tolist() == [12.5, 21.0]
-    targets = dqn.td_target(returns, discounts, ones, next_q_values, choosing)
-    assert targets.tolist() == [10.0, 20.0]
+def test_the_target_is_the_return_and_the_discounted_next_value():
+    returns, next_values = torch.tensor([10.0, 20.0]), torch.tensor([1.0, 4.0])
+    discounts, terminations = torch.tensor([0.5, 0.25]), torch.tensor([0.0, 1.0])
+    targets = dqn.td_target(returns, next_values, torch.zeros(2), discounts)
+    assert targets.tolist() == [10.5, 21.0]
+    assert dqn.td_target(returns, next_values, terminations, discounts).tolist() == [10.5, 20.0]
 
 
 @pytest.mark.parametrize("unknown", [math.nan, math.inf, -math.inf])
 def test_the_target_ignores_what_follows_a_termination(unknown):
-    q_values = torch.tensor([[unknown, unknown], [1.0, 2.0]])
-    targets = dqn.td_target(torch.ones(2), torch.full((2,), 0.5), torch.tensor([1.0, 0.0]),
-                            q_values, q_values)
+    targets = dqn.td_target(torch.ones(2), torch.tensor([unknown, 2.0]), torch.tensor([1.0, 0.0]),
+                            torch.full((2,), 0.5))
     assert targets.tolist() == [1, 2]
     rewards = torch.tensor([1.0, 2.0, unknown])  # the third step belongs to another episode
     last, returns, discounts = dqn.n_step_returns(
@@ -92,7 +86,7 @@ def test_the_target_ignores_what_follows_a_termination(unknown):
 def test_nan_after_a_termination_changes_nothing(env, changes, spy):
     samples = spy(ReplayBuffer, "sample")
     agent, history = train(env, **changes)
-    assert any(not call["out"][4].isfinite().all() for call in samples)
+    assert any(not call["out"][3].isfinite().all() for call in samples)
     assert all(x.isfinite().all() for x in agent.state_dict().values())
     usual, usual_history = train("probes:Counter-v0", **changes)
     assert same(agent.state_dict(), usual.state_dict())
@@ -109,13 +103,13 @@ def test_if_double_the_network_chooses_what_the_target_network_values(double, st
             [0.0, 100.0] if self is states[0]["target"] else [100.0, 0.0])
 
     monkeypatch.setattr(Agent, "q_values", disagree)
-    calls = spy(dqn, "td_target")
-    train("CartPole-v1", double=double, total_timesteps=64)
-    assert calls
-    for call in calls:
-        assert (call["next_q_values"].argmax(-1) == 1).all()
-        assert (call["choosing_q_values"].argmax(-1) == (0 if double else 1)).all()
-        assert not call["choosing_q_values"].requires_grad and not call["out"].requires_grad
+    samples, calls = spy(ReplayBuffer, "sample"), spy(dqn, "td_target")
+    train("CartPole-v1", double=double, total_timesteps=64, learning_rate=0)
+    assert len(samples) == len(calls) > 0
+    for sample, call in zip(samples, calls):
+        q = states[0]["target"].q_values(sample["out"][3])
+        assert torch.allclose(call["next_values"], q[:, 0 if double else 1])
+        assert not call["next_values"].requires_grad and not call["out"].requires_grad
 
 
 def test_the_target_network_shares_no_memory_and_is_copied_every_so_many_steps(
@@ -349,7 +343,7 @@ def test_every_sample_is_a_transition_with_n_rewards_up_to_the_end_of_its_episod
     T, N, gamma = 20, 3, 0.9
     rows = episodes(count, N)
     buffer = filled(rows, T * N + 2)
-    index, obs, actions, returns, next_obs, terminations, discounts, importance = buffer.sample(
+    index, obs, actions, next_obs, returns, terminations, discounts, importance = buffer.sample(
         3000, gamma, n_step)
     assert len(index.unique()) == min(count, T) * N and (importance == 1).all()
     for i in range(3000):
@@ -373,14 +367,14 @@ def test_training_stores_true_successors_and_what_was_done(spy):
     calls = spy(ReplayBuffer, "sample")
     train("probes:Counter-v0")
     for call in calls:
-        _, obs, _, returns, next_obs, terminations, discounts, _ = call["out"]
+        _, obs, _, next_obs, returns, terminations, discounts, _ = call["out"]
         assert torch.equal(next_obs, obs + 1) and (returns == 1).all()
         assert torch.equal(terminations == 1, obs.squeeze(-1) == 4)
         assert torch.allclose(discounts, torch.tensor(0.99))
     calls.clear()
     train("probes:Arms-v0")  # whose reward is the action
     for call in calls:
-        assert torch.equal(call["out"][2].float(), call["out"][3])
+        assert torch.equal(call["out"][2].float(), call["out"][4])
 
 
 @pytest.mark.parametrize("buffer_size", [120, 2000])
@@ -391,7 +385,7 @@ def test_a_resumed_run_takes_no_old_row_for_the_continuation_of_a_new_one(buffer
     dqn.train(arguments("probes:Endless-v0", total_timesteps=512, **settings), "run")
     longest = shortened = 0
     for call in calls:
-        _, obs, _, returns, next_obs, _, discounts, _ = call["out"]
+        _, obs, _, next_obs, returns, _, discounts, _ = call["out"]
         steps = (next_obs - obs).squeeze(-1)
         assert ((steps >= 1) & (steps <= 3)).all()
         assert torch.allclose(discounts, 0.5**steps)
@@ -407,7 +401,7 @@ def test_the_newest_row_of_a_loaded_buffer_is_not_continued(count):
         row["episode_starts"] = torch.zeros(2)
     buffer, loaded = filled(rows, 20), ReplayBuffer(20, 2, COUNT, "cpu")
     loaded.load_state_dict(buffer.state_dict())
-    indices, _, _, _, next_obs, *_ = loaded.sample(1000, 0.9, 10)
+    indices, _, _, next_obs, *_ = loaded.sample(1000, 0.9, 10)
     newest = (count - 1) % 10 * 2 + indices % 2
     assert torch.equal(next_obs, buffer.flat[3][newest])
 
@@ -567,7 +561,7 @@ def test_atari_trains_on_bytes(spy):
     calls = spy(ReplayBuffer, "sample")
     agent, _ = train("ALE/Pong-v5", num_envs=2, total_timesteps=48, batch_size=8, num_updates=1)
     assert all(value.isfinite().all() for value in agent.state_dict().values())
-    _, obs, _, _, next_obs, *_ = calls[-1]["out"]
+    _, obs, _, next_obs, *_ = calls[-1]["out"]
     assert obs.shape == next_obs.shape == (8, 4, 84, 84) and obs.dtype == torch.uint8
     assert torch.equal(obs[:, 1:], next_obs[:, :-1])  # a stack of frames moves on by one
 

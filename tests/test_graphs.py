@@ -29,13 +29,13 @@ OPTIONS = [  # a run or two of each script that meet as many branches as they ca
     ("ppo", "Box", dict(objective="kl", recompute_advantages=True)),
     ("trpo", "Box", dict(max_kl=1.0)),  # a step that the line search shortens
     ("dqn", "Discrete", dict(dueling=True, prioritized=True, n_step=3, tau=0.1, target_every=0)),
-    ("ddpg", "Box", dict(noise="ou")), ("naf", "Box", dict(noise="ou")),
+    ("ddpg", "Box", dict(noise="ou")), ("naf", "Box", {}),
     ("cem_es", "Discrete", dict(method="es", hidden_size=8)),
     ("mbrl_mpc", "Box", dict(propagation="tsinf", terminal_value=True, replan_every=2))]
 MORE_OPTIONS = [
     ("reinforce", "Box", dict(baseline="none")),
     ("a2c", "Box", dict(gae_lambda=0.9)),
-    ("ppo", "Discrete", dict(objective="kl", norm_advantages=False, anneal=False)),
+    ("ppo", "Discrete", dict(objective="kl", anneal=False)),
     ("trpo", "Discrete", dict(line_search=False)),
     ("dqn", "Discrete", dict(double=False, exploration="boltzmann", target_every=64)),
     ("ddpg", "Box", dict(maximizer="cem")),
@@ -138,7 +138,8 @@ class Places(TorchFunctionMode):
 def graphs(monkeypatch):
     """Lets `cuda_graph` record and replay such graphs, with optimizers as they are on a GPU."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", Graph.capture)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph.capture())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(Graph, "replays", 0)
     for name in ("adam", "rmsprop"):
         monkeypatch.setitem(vars(sys.modules[f"torch.optim.{name}"]),

@@ -26,14 +26,14 @@ def an_agent(weight=1.0):
     return agent
 
 
-@pytest.mark.parametrize("name", ["NatureCNN", "mlp", "ReplayBuffer", "td_target", "next_noise"])
+@pytest.mark.parametrize("name", ["NatureCNN", "mlp", "ReplayBuffer", "td_target"])
 def test_what_it_shares_with_ddpg_is_the_same_text(name):
     assert inspect.getsource(getattr(naf, name)) == inspect.getsource(getattr(ddpg, name))
 
 
 def q_values(agent, obs, actions):
     V, mu, _, L = agent.heads(obs)
-    return agent.q_values(actions, V, mu, L)
+    return V + naf.advantage((actions - mu) / agent.scale, L)
 
 
 def random_actions(n):
@@ -66,11 +66,11 @@ def test_the_maximum_of_q_is_v_and_only_at_mu():
         assert (q_values(agent, obs, actions) < V).all()
 
 
-def test_u_from_minus_2_to_2_covers_the_bounds_and_more_is_clipped():
+def test_raw_mu_from_minus_2_to_2_covers_the_bounds_and_more_is_clipped():
     agent = an_agent()
     torch.nn.init.zeros_(agent.network[-1].weight)
-    for u, part in ((-9, -1), (-2, -1), (-1, -math.tanh(1) / math.tanh(2)), (0, 0), (2, 1), (9, 1)):
-        torch.nn.init.constant_(agent.network[-1].bias, u)
+    for raw, part in ((-9, -1), (-2, -1), (-1, -math.tanh(1) / math.tanh(2)), (0, 0), (2, 1), (9, 1)):
+        torch.nn.init.constant_(agent.network[-1].bias, raw)
         _, mu, _, _ = agent.heads(torch.zeros(1, 4))
         expected = (LOW + HIGH) / 2 + part * (HIGH - LOW) / 2
         assert torch.allclose(agent.act(torch.zeros(1, 4), True)[0], expected)
@@ -128,9 +128,8 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_single_transitions(env, spy
         assert torch.allclose(parameter.grad, expected, rtol=1e-3, atol=tolerance)
 
 
-def test_u_is_penalized_beyond_2_and_nowhere_else(monkeypatch, spy):
-    monkeypatch.setattr(naf.Agent, "q_values", lambda self, actions, V, mu, L: 0 * V)
-    monkeypatch.setattr(naf, "td_target", lambda rewards, *_: 0 * rewards)
+def test_raw_mu_is_penalized_beyond_2_and_nowhere_else(monkeypatch, spy):
+    monkeypatch.setattr(naf.F, "mse_loss", lambda q_values, targets: 0 * q_values.sum())
     init = naf.Agent.__init__
     for value, gradient in ((-3.0, -2.0), (-1.9, 0.0), (1.9, 0.0), (2.5, 1.0)):
         def start(self, *args, value=value):
