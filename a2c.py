@@ -17,14 +17,15 @@ update waits for the end of an episode. Parallel environments make up for the sh
         compute their advantages (1) and returns (2)
         take one RMSprop step on the loss (4)
 
-Mnih et al. 2016, arXiv:1602.01783, with the epsilon of RMSprop added outside the square root. With
-gae_lambda = 1, (2) are the paper's n-step returns; less is GAE, arXiv:1506.02438. Processes of
-torchrun average their gradients and take one step together. With --asynchronous they are the
-workers of A3C, the paper's algorithm: each changes the shared weights and waits for no other, see
-`share`. A time limit (truncation) bootstraps from V(next_obs); only a termination does not.
+A2C is the synchronous form of A3C, Mnih et al. 2016, arXiv:1602.01783. RMSprop adds epsilon outside
+the square root. With gae_lambda = 1, (2) are the paper's n-step returns; a smaller one is GAE,
+arXiv:1506.02438. Running normalization of observations and rewards and orthogonal initialization
+are those of ppo.py. Processes of torchrun average their gradients and take one step together. With
+--asynchronous they are the workers of A3C: each changes the shared weights and waits for no other,
+see `share`. A time limit (truncation) bootstraps from V(next_obs); only a termination does not.
 
     python a2c.py --env Acrobot-v1
-    torchrun --nproc-per-node 4 a2c.py --env Acrobot-v1 --asynchronous
+    torchrun --nproc-per-node 4 a2c.py --env Acrobot-v1 --asynchronous --device cpu
 """
 import argparse, collections, contextlib, csv, fnmatch, functools, io, json, math, os, pathlib
 import random, re, signal, sys, time, traceback, typing
@@ -59,12 +60,12 @@ class Args:
     gamma: float = arg(0.99, "discount factor", 0, 1)
     gae_lambda: float = arg(1.0, "lambda of GAE (1)", 0, 1)
     anneal: bool = arg(True, "lower learning_rate linearly to 0")
-    asynchronous: bool = arg(False, "A3C: processes do not wait for each other (CPU only)")
+    asynchronous: bool = arg(False, "A3C: the processes of torchrun do not wait (CPU only)")
     ent_coef: float = arg(0.0, "weight of the entropy bonus", 0)
     vf_coef: float = arg(0.5, "weight of the value loss", 0)
     max_grad_norm: float = arg(0.5, "gradients are clipped to this norm", 1e-8)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
-    log_std: float = arg(0.0, "initial log standard deviation, for actions in [-1, 1]")
+    log_std: float = arg(0.0, "initial log standard deviation of actions scaled to [-1, 1]")
     norm_obs: bool = arg(True, "normalize vector observations by running statistics")
     norm_returns: bool = arg(True, "divide rewards by the running std of the returns")
 
@@ -86,7 +87,7 @@ ACTION_SPACES = "Discrete", "Box"
 
 # ===================================================================================== Networks
 class RunningNorm(nn.Module):
-    """Normalizes (..., *shape) by the mean and standard deviation of all that `update` saw."""
+    """Normalizes (..., *shape) by the mean and standard deviation of all inputs of `update`."""
 
     def __init__(self, shape):
         super().__init__()
@@ -201,17 +202,17 @@ def explained_variance(values, returns):
 def share(agent, weights, optimizer, step):
     """A3C: let the processes share all that they learn; return (local_weights, steps).
 
-    `weights`, the optimizer's `squares`, the sums of every RunningNorm and `steps`, the steps of
-    each process, move to shared memory. Every agent keeps its own copy, local_weights. From now on
-    each process repeats, without locks and without waiting:
+    `weights`, RMSprop's `square_avg`, the sums of every RunningNorm and `steps`, the steps of each
+    process, move to shared memory. The agent of each process keeps its own copy of the weights,
+    local_weights. From now on each process repeats, without locks and without waiting:
 
          collect a batch with local_weights, compute grad, the clipped gradient of its loss (4)
-    (5)  squares = 0.99 * squares + 0.01 * grad^2
-    (6)  weights = weights - learning_rate * grad / (sqrt(squares) + 1e-5)
+    (5)  square_avg = 0.99 * square_avg + 0.01 * grad^2
+    (6)  weights = weights - learning_rate * grad / (sqrt(square_avg) + 1e-5)
     (7)  local_weights = weights"""
     import tempfile
     if not optimizer.state:
-        optimizer.step()  # creates the squares; it moves nothing, as the gradient is 0
+        optimizer.step()  # creates square_avg; the weights do not move, as the gradient is 0
     local_weights, steps = weights.detach(), torch.zeros(WORLD_SIZE, dtype=torch.long)
     steps[0] = step
     sums = [module.sums for module in agent.modules() if isinstance(module, RunningNorm)]
@@ -223,7 +224,7 @@ def share(agent, weights, optimizer, step):
             shared = torch.from_file(f"{folders[0]}/{i}", True, x.numel(), dtype=x.dtype)
             if RANK == 0:
                 shared.copy_(x.flatten())
-            x.data = shared.view_as(x)
+            x.data = shared.view_as(x)  # the agent's parameters still view the old memory
         if WORLD_SIZE > 1:
             torch.distributed.barrier()  # now all have mapped the files, which can be deleted
             # From now on all_reduce_mean does nothing. A second `train` in this program would hang.
@@ -240,7 +241,7 @@ def train(args, resume=""):
     envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten_parameters(agent)
-    # On a GPU, graphs read what changes over time from tensors.
+    # A tensor, because a CUDA graph would keep the value that a float had at its capture.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     optimizer = torch.optim.RMSprop([weights], learning_rate, eps=1e-5,
                                     capturable=device.type == "cuda")
@@ -257,10 +258,10 @@ def train(args, resume=""):
                 dones, args.gamma, args.gae_lambda)                                     # (1), (2)
         policy_loss = -(log_probs * advantages).mean()                                      # (3)
         value_loss = F.mse_loss(values, returns)
-        loss = policy_loss + args.vf_coef * value_loss
-        if args.ent_coef:  # without it, this saves the gradient of the entropy
-            loss = loss - args.ent_coef * entropy.mean()                                    # (4)
-        weights.grad.zero_()  # optimizer.zero_grad() and clip_grad_norm_() take 40 us longer
+        loss = policy_loss + args.vf_coef * value_loss                                      # (4)
+        if args.ent_coef:  # at 0, its gradient need not be computed
+            loss = loss - args.ent_coef * entropy.mean()
+        weights.grad.zero_()  # zero_grad() would set it to None; each p.grad is a view of it
         loss.backward()
         all_reduce_mean(weights.grad)
         weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""REINFORCE: play whole episodes, then make actions that did better than expected more probable.
+"""REINFORCE: play whole episodes, then raise the probability of actions that did well.
 
 J is the mean return of episodes played with pi: the sum over all possible episodes of probability
 times return. The gradient of a probability p is p * grad log p, and only the factors pi of an
@@ -9,15 +9,15 @@ episodes estimates it:
     grad J = E[sum over t of grad log pi(actions[t] | obs[t]) * (returns[t] - b(obs[t]))]
 
 Here returns[t] is the sum of the rewards from t on, and b is a baseline. The rewards before t and b
-do not depend on the action at t. A factor like that adds 0 on average, because in every state the
-mean of grad log pi(a) is the sum over a of pi(a) * grad log pi(a) = grad pi(a), which is the
-gradient of 1. So leaving out the earlier rewards or subtracting a baseline adds no bias, and a b
-near the mean of returns[t] greatly reduces the variance of the estimate.
+do not depend on the action at t. Times grad log pi, such a term adds 0 on average, because in every
+state the mean of grad log pi(a) is the sum over a of pi(a) * grad log pi(a) = grad pi(a), which is
+the gradient of 1. So leaving out the earlier rewards or subtracting a baseline adds no bias, and a
+b near the mean of returns[t] greatly reduces the variance of the estimate.
 
 (1)  returns[t] = rewards[t] + gamma * (0 if t is a termination, V(next_obs[t]) if a truncation,
      otherwise returns[t + 1]), where rewards, V and returns are in units of return_norm.std,
      the running standard deviation of all earlier returns
-(2)  advantages = returns - b, where b is 0, the mean of all returns of the batch, or V(obs)
+(2)  advantages = returns - b, where b is 0, the mean of the other environments' returns, or V(obs)
 (3)  policy_loss = -E[log pi(actions | obs) * advantages]
 (4)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2]; the second term only if b is V(obs)
 
@@ -26,11 +26,13 @@ near the mean of returns[t] greatly reduces the variance of the estimate.
         compute the returns (1) and advantages (2) of its steps
         take one Adam step on the loss (4)
 
-Williams 1992, doi:10.1007/BF00992696. As in most code, E is a mean over the steps of the batch,
-without the factor gamma^t that the gradient of the discounted return has at step t. With --baseline
-mean each return is part of the mean that is subtracted from it, which scales the expected gradient
-by about 1 - 1 / num_envs. A time limit (truncation) bootstraps from V(next_obs) if V is the
-baseline, and otherwise counts as a termination.
+Williams 1992, doi:10.1007/BF00992696. As in most code, E is a mean over the steps of the batch, not
+a sum over each episode, and without the factor gamma^t that the gradient of the discounted return
+has at step t. As the number of steps depends on the actions, too, that mean has a bias of about
+1 / num_envs: with --num-envs 1, no baseline and a reward of 1 per step, it cancels the advantage of
+long episodes. Normalized observations and returns and clipped gradients are not in the paper. A
+time limit (truncation) bootstraps from V(next_obs) if V is the baseline; otherwise it counts as a
+termination.
 
     python reinforce.py --env InvertedPendulum-v5 --baseline mean
 """
@@ -62,14 +64,15 @@ class Args:
     run_dir: str = arg("", "folder of the run; empty: a new one in runs/, from Python none")
     checkpoint_every: int = arg(0, "steps between checkpoints; 0: one a minute", 0)
     # The algorithm.
-    baseline: typing.Literal["none", "mean", "value"] = arg("value", "b in (2): 0, mean or V(obs)")
+    baseline: typing.Literal["none", "mean", "value"] = arg(
+        "value", "b in (2): 0, the mean return of the other environments, or V(obs)")
     learning_rate: float = arg(1e-3, "step size of Adam", 0)
     gamma: float = arg(0.99, "discount factor", 0, 1)
     anneal: bool = arg(True, "lower learning_rate linearly to 0")
     vf_coef: float = arg(0.5, "weight of the value loss", 0)
     max_grad_norm: float = arg(0.5, "gradients are clipped to this norm", 1e-8)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
-    log_std: float = arg(0.0, "initial log standard deviation, for actions in [-1, 1]")
+    log_std: float = arg(0.0, "initial log standard deviation of actions scaled to [-1, 1]")
     norm_obs: bool = arg(True, "normalize vector observations by running statistics")
     norm_returns: bool = arg(True, "divide rewards by the running std of the returns")
 
@@ -89,7 +92,7 @@ ACTION_SPACES = "Discrete", "Box"
 
 # ===================================================================================== Networks
 class RunningNorm(nn.Module):
-    """Normalizes (..., *shape) by the mean and standard deviation of all that `update` saw."""
+    """Normalizes (..., *shape) by the mean and standard deviation of all inputs of `update`."""
 
     def __init__(self, shape):
         super().__init__()
@@ -193,6 +196,12 @@ def compute_returns(rewards, next_values, terminations, dones, gamma):
     return torch.stack(returns).flip(0)
 
 
+def mean_of_others(returns, mask):
+    """For each environment, the mean return of all others where mask is 1; tensors are (T, N)."""
+    sums, counts = torch.where(mask > 0, returns, 0.0).sum(0), mask.sum(0)
+    return ((sums.sum() - sums) / (counts.sum() - counts)).expand_as(returns)
+
+
 def explained_variance(values, returns):
     """1 if V predicts every return, 0 if it does no better than a constant."""
     return 1 - (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
@@ -201,26 +210,26 @@ def explained_variance(values, returns):
 def train(args, resume=""):
     """Train a new agent, or resume the run in the folder `resume`; return (agent, history)."""
     if args.baseline == "mean" and args.num_envs == 1:
-        raise UserError("baseline mean compares episodes with each other, but num_envs is 1")
+        raise UserError("baseline mean is of the other environments, but num_envs is 1")
     device = setup(args)
     envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten_parameters(agent)
-    learning_rate = torch.tensor(args.learning_rate, device=device)
+    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor as in a2c.py
     optimizer = torch.optim.Adam([weights], learning_rate, eps=1e-5, fused=True,
                                  capturable=device.type == "cuda")
     run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
 
-    def update(obs, actions, returns):
+    def update(obs, actions, returns, b):
         """One Adam step on a batch (B, ...); return what is logged (4,)."""
         log_probs, entropy, values = agent.evaluate_actions(obs, actions)
-        b = {"none": torch.zeros_like(returns), "mean": returns.mean().expand_as(returns),
-             "value": values}[args.baseline]
+        if args.baseline == "value":
+            b = values
         advantages = returns - b.detach()                                                   # (2)
         policy_loss = -(log_probs * advantages).mean()                                      # (3)
         value_loss = F.mse_loss(b, returns)  # has a gradient only if b is V(obs)
         loss = policy_loss + args.vf_coef * value_loss                                      # (4)
-        weights.grad.zero_()  # optimizer.zero_grad() and clip_grad_norm_() take 40 us longer
+        weights.grad.zero_()  # zero_grad() would set it to None; each p.grad is a view of it
         loss.backward()
         all_reduce_mean(weights.grad)
         weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
@@ -231,12 +240,12 @@ def train(args, resume=""):
     act = cuda_graph(agent.act, device)  # not update: the size of batches varies
     while run.step < args.total_timesteps:
         run.checkpoint()
-        envs.reset(int(torch.randint(2**31, ())))
         remaining = 1 - run.step / args.total_timesteps if args.anneal else 1
         optimizer.param_groups[0]["lr"].fill_(args.learning_rate * remaining)
 
-        # Only the first episode of each environment counts. Later ones would be cut off when the
-        # last first episode ends, so that only short ones would be complete.
+        # Only the first episode of each environment counts. Of the later ones, only those would be
+        # complete that end before the longest first episode, and these are mostly short.
+        envs.reset(int(torch.randint(2**31, ())))
         rollout, first_episode = [], torch.ones(args.num_envs, device=device)
         while first_episode.any():
             if len(rollout) == 30_000:
@@ -248,21 +257,25 @@ def train(args, resume=""):
         obs, actions, next_obs, rewards, terminations, dones, first_episode = [
             torch.stack(x) for x in zip(*rollout)]  # each (T, N, ...)
         firsts = {episode[0]: episode for episode in reversed(envs.episodes)}
-        envs.episodes = sorted(firsts.values())  # in order of their ends, short ones come first
+        envs.episodes = sorted(firsts.values())  # in order of their ends, long ones would be last
         steps = torch.tensor(float(dones.numel()), device=device)
         all_reduce_mean(steps)  # the length of the longest episode differs between processes
         run.step += round(steps.item() * WORLD_SIZE)
 
-        with torch.no_grad():  # without V, a truncation counts as a termination
-            next_values = agent.value(next_obs) if args.baseline == "value" else 0 * rewards
+        next_values = b = torch.zeros_like(rewards)  # without V, a truncation is a termination
+        if args.baseline == "value":
+            with torch.no_grad():
+                next_values = agent.value(next_obs)
         returns = compute_returns(rewards / agent.return_norm.std, next_values, terminations,
                                   dones, args.gamma)                                        # (1)
-        obs, actions, returns = (x[first_episode > 0] for x in (obs, actions, returns))  # (B, ...)
-        policy_loss, value_loss, entropy, explained_var = update(obs, actions, returns)
+        if args.baseline == "mean":
+            b = mean_of_others(returns, first_episode)
+        batch = [x[first_episode > 0] for x in (obs, actions, returns, b)]  # each (B, ...)
+        policy_loss, value_loss, entropy, explained_var = update(*batch)
         if args.norm_returns:
-            agent.return_norm.update(returns * agent.return_norm.std)
+            agent.return_norm.update(batch[2] * agent.return_norm.std)
         if isinstance(agent.encoder, RunningNorm):
-            agent.encoder.update(obs)
+            agent.encoder.update(batch[0])
         run.log(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy,
                 explained_variance=explained_var)
     run.finish()

@@ -88,6 +88,38 @@ def test_a_nan_behind_a_termination_does_not_reach_the_returns():
     assert all(value.isfinite().all() for value in agent.state_dict().values())
 
 
+# Baselines.
+
+
+def test_the_mean_of_the_others_leaves_out_the_own_environment_and_what_does_not_count():
+    returns, mask = torch.randn(5, 3), torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 0, 0],
+                                                     [1, 0, 0]])
+    returns[4, 2] = math.nan
+    b = reinforce.mean_of_others(returns, mask)
+    assert b.shape == (5, 3)
+    for n in range(3):
+        others = [returns[t, m] for m in range(3) if m != n for t in range(5) if mask[t, m]]
+        assert b[:, n].tolist() == pytest.approx([sum(others).item() / len(others)] * 5, abs=1e-6)
+
+
+def test_the_mean_baseline_leaves_the_expected_gradient_as_it_is():
+    """With actions of 0 or 1 at the first of 20 steps; 1 costs 1 and pays 1.1 at the end.
+
+    The mean of all returns, one's own included, would turn the gradient around."""
+    gradients, ones = [], torch.ones(20, 2)
+    for actions in torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]):  # equally probable
+        rewards, zeros = torch.zeros(2, 20, 2)
+        rewards[0], rewards[-1] = -actions, 1.1 * actions
+        ends = zeros.clone()
+        ends[-1] = 1
+        returns = reinforce.compute_returns(rewards, zeros, ends, ends, 1.0)
+        grad_log_pi = actions - 0.5
+        gradients.append([(grad_log_pi * (returns - b)[0]).mean().item() for b in (
+            zeros, reinforce.mean_of_others(returns, ones), returns.mean())])
+    none, others, everything = np.mean(gradients, 0)
+    assert none == pytest.approx(0.025) == others and everything < -0.1
+
+
 # Whole episodes.
 
 
@@ -174,7 +206,8 @@ def test_the_gradient_of_an_update_is_that_of_the_loss_on_constant_targets(env, 
     outputs, values = agent.actor(obs), agent.critic(obs).squeeze(-1)
     pi = Categorical(logits=outputs) if agent.discrete else Independent(
         Normal(agent.center + agent.scale * outputs, agent.log_std.exp()), 1)
-    advantages = returns - dict(none=0, mean=returns.mean(), value=values.detach())[baseline]
+    mean = explained[0]["values"]  # of the others, see above
+    advantages = returns - dict(none=0, mean=mean, value=values.detach())[baseline]
     policy_loss = -(pi.log_prob(actions) * advantages).mean()
     value_loss = (values - returns).square().mean()
     loss = policy_loss + 0.3 * (baseline == "value") * value_loss
@@ -207,7 +240,7 @@ def test_the_losses_equal_a_loop_over_single_transitions(spy):
 def test_episodes_of_one_step_leave_everything_finite(num_envs, baseline):
     settings = dict(total_timesteps=64, num_envs=num_envs, baseline=baseline, norm_obs=True,
                     norm_returns=True)
-    if baseline == "mean" and num_envs == 1:  # the mean is the return itself
+    if baseline == "mean" and num_envs == 1:  # there are no others
         with pytest.raises(reinforce.UserError, match="num_envs"):
             train("probes:Terminated-v0", **settings)
         return
@@ -241,7 +274,8 @@ def test_the_logged_explained_variance_is_what_the_baseline_takes_away(baseline,
     evaluated, explained = spy(Agent, "evaluate_actions"), spy(reinforce, "explained_variance")
     _, history = train("CartPole-v1", total_timesteps=1, baseline=baseline)
     values, returns = evaluated[0]["out"][2].numpy(force=True), explained[0]["returns"].numpy()
-    expected = 1 - (returns - values).var() / returns.var() if baseline == "value" else 0
+    b = dict(none=0, mean=explained[0]["values"].numpy(), value=values)[baseline]
+    expected = 1 - (returns - b).var() / returns.var()
     assert history[0]["explained_variance"] == pytest.approx(expected, abs=1e-4)
 
 

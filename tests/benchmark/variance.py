@@ -20,7 +20,8 @@ BASELINES = "none", "mean", "value"
 
 @torch.no_grad()
 def episodes(agent, envs):
-    """obs (B, ...), actions (B,) and returns (B,) of one episode in each environment."""
+    """obs (B, ...), actions (B,) and returns (B,) of one episode in each environment, and the mean
+    return of the other environments (B,)."""
     envs.reset(int(torch.randint(2**31, ())))
     rollout, counts = [], torch.ones(len(envs.obs))
     while counts.any():
@@ -31,13 +32,14 @@ def episodes(agent, envs):
         counts = counts * (1 - dones)
     obs, actions, *rest, counts = (torch.stack(x) for x in zip(*rollout))
     returns = reinforce.compute_returns(*rest, gamma=0.99) / agent.return_norm.std
-    return [x[counts.bool()] for x in (obs, actions, returns)]
+    mean = reinforce.mean_of_others(returns, counts)
+    return [x[counts.bool()] for x in (obs, actions, returns, mean)]
 
 
-def gradient(agent, baseline, obs, actions, returns):
+def gradient(agent, baseline, obs, actions, returns, mean):
     """The gradient (3) of the actor's weights, one vector."""
     log_probs, _, values = agent.evaluate_actions(obs, actions)
-    b = {"none": 0, "mean": returns.mean(), "value": values.detach()}[baseline]
+    b = {"none": 0, "mean": mean, "value": values.detach()}[baseline]
     loss = -(log_probs * (returns - b)).mean()
     return torch.cat([x.flatten() for x in torch.autograd.grad(loss, agent.actor.parameters())])
 
