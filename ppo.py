@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Proximal Policy Optimization (PPO): several epochs on each batch, close to the policy it is from.
+"""Proximal Policy Optimization (PPO): several epochs on each batch, with only small policy changes.
 
-The policy gradient holds only for the policy that collected the batch, so A2C uses each batch once.
+The policy gradient is that of the policy which collected the batch, so A2C uses each batch once.
 PPO reuses it for several epochs. It weights each action by the ratio of its probabilities under the
 new and the old policy, and clips the ratio, so that there is no gain in moving it far from 1.
 
@@ -26,7 +26,8 @@ Schulman et al. 2017, arXiv:1707.06347; (1) is GAE, arXiv:1506.02438. Advantages
 each minibatch; this, orthogonal initialization, running normalization of observations and rewards
 and --recompute-advantages, which repeats (1) and (2) before each epoch, are studied in
 arXiv:2005.12729 and arXiv:2006.05990. learning_rate and clip_coef fall linearly to 0; beta starts
-at 1. A time limit (truncation) bootstraps from V(next_obs); only a termination does not.
+at 1 and stays within 1e-4 and 1e4. A time limit (truncation) bootstraps from V(next_obs); only a
+termination does not.
 
     python ppo.py --env HalfCheetah-v5
 """
@@ -65,16 +66,15 @@ class Args:
     gamma: float = arg(0.99, "discount factor", 0, 1)
     gae_lambda: float = arg(0.95, "lambda of GAE (1)", 0, 1)
     recompute_advantages: bool = arg(False, "compute (1) and (2) again before every epoch")
-    norm_advantages: bool = arg(True, "normalize the advantages of each minibatch")
     objective: typing.Literal["clip", "kl"] = arg("clip", "policy loss: clip (4) or kl (5)")
-    clip_coef: float = arg(0.2, "clip: range of the ratio around 1", 0)
-    target_kl: float = arg(0.02, "kl: the KL divergence that beta is adapted to", 0)
+    clip_coef: float = arg(0.2, "clip: the ratio is clipped to 1 +/- clip_coef", 0)
+    target_kl: float = arg(0.02, "kl: beta is adapted until a batch changes pi this much", 0)
     anneal: bool = arg(True, "lower learning_rate and clip_coef linearly to 0")
     ent_coef: float = arg(0.0, "weight of the entropy bonus", 0)
     vf_coef: float = arg(0.5, "weight of the value loss", 0)
     max_grad_norm: float = arg(0.5, "gradients are clipped to this norm", 1e-8)
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
-    log_std: float = arg(0.0, "initial log standard deviation, for actions in [-1, 1]")
+    log_std: float = arg(0.0, "initial log standard deviation of actions scaled to [-1, 1]")
     norm_obs: bool = arg(True, "normalize vector observations by running statistics")
     norm_returns: bool = arg(True, "divide rewards by the running std of the returns")
 
@@ -102,7 +102,7 @@ ACTION_SPACES = "Discrete", "Box"
 
 # ===================================================================================== Networks
 class RunningNorm(nn.Module):
-    """Normalizes (..., *shape) by the mean and standard deviation of all that `update` saw."""
+    """Normalizes (..., *shape) by the mean and standard deviation of all inputs of `update`."""
 
     def __init__(self, shape):
         super().__init__()
@@ -160,7 +160,8 @@ class Agent(nn.Module):
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
         nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first, actions hardly depend on obs
         nn.init.orthogonal_(self.critic[-1].weight, 1)
-        self.return_norm, self.beta = RunningNorm(()), nn.Buffer(torch.ones(()))
+        self.return_norm = RunningNorm(())
+        self.beta = nn.Buffer(torch.ones(()))  # of (5), kept in checkpoints
         if not self.discrete:  # outputs from -1 to 1 cover the bounds
             _, _, self.center, self.scale = map(nn.Buffer, box_bounds(action_space))
             self.log_std = nn.Parameter(self.scale.log() + args.log_std)
@@ -251,16 +252,16 @@ def explained_variance(values, returns):
 def train(args, resume=""):
     """Train a new agent, or resume the run in the folder `resume`; return (agent, history)."""
     batch_size = args.num_envs * args.num_steps
-    min_size = 2 if args.norm_advantages else 1
-    if batch_size < args.num_minibatches * min_size:
+    if batch_size < 2 * args.num_minibatches:  # one advantage alone cannot be normalized
         raise UserError(f"a batch of {batch_size} steps is too small for {args.num_minibatches} "
-                        f"minibatches of at least {min_size}; set --num-minibatches")
+                        "minibatches of at least 2; set --num-steps or --num-minibatches")
     device = setup(args)
     envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten_parameters(agent)
-    # On a GPU, graphs read what changes over time from tensors.
-    learning_rate, clip_coef = torch.tensor([args.learning_rate, args.clip_coef], device=device)
+    # Tensors, because a CUDA graph would keep the value that a float had at its capture.
+    learning_rate = torch.tensor(args.learning_rate, device=device)
+    clip_coef = torch.tensor(args.clip_coef, device=device)
     optimizer = torch.optim.Adam([weights], learning_rate, eps=1e-5, fused=True,
                                  capturable=device.type == "cuda")
     run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
@@ -279,9 +280,8 @@ def train(args, resume=""):
         log_probs, entropy, values = agent.evaluate_actions(obs, actions)
         log_ratio = log_probs - old_log_probs
         ratio = log_ratio.exp()                                                             # (3)
-        if args.norm_advantages:
-            advantages = advantages - advantages.double().mean()  # exactly 0 if all are equal
-            advantages = advantages / (advantages.std() + 1e-8)
+        advantages = advantages - advantages.double().mean()  # exactly 0 if all are equal
+        advantages = advantages / (advantages.std() + 1e-8)
         if args.objective == "clip":
             policy_loss = clipped_surrogate(ratio, advantages, clip_coef)                   # (4)
             kl = (ratio - 1 - log_ratio).detach().mean()  # an estimate from samples, for the log
@@ -289,10 +289,10 @@ def train(args, resume=""):
             kl = kl_divergence(old_policy, agent.policy(obs), agent.discrete).mean()
             policy_loss = penalized_surrogate(ratio, advantages, kl, agent.beta)            # (5)
         value_loss = F.mse_loss(values, returns)
-        loss = policy_loss + args.vf_coef * value_loss
-        if args.ent_coef:  # without it, this saves the gradient of the entropy
-            loss = loss - args.ent_coef * entropy.mean()                                    # (6)
-        weights.grad.zero_()  # optimizer.zero_grad() and clip_grad_norm_() take 40 us longer
+        loss = policy_loss + args.vf_coef * value_loss                                      # (6)
+        if args.ent_coef:  # at 0, its gradient need not be computed
+            loss = loss - args.ent_coef * entropy.mean()
+        weights.grad.zero_()  # zero_grad() would set it to None; each p.grad is a view of it
         loss.backward()
         all_reduce_mean(weights.grad)
         weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
@@ -314,10 +314,10 @@ def train(args, resume=""):
         obs, actions = rollout[:2]
         run.step += batch_size * WORLD_SIZE
 
-        with torch.no_grad():
-            old_policy = agent.policy(obs)
         old_log_probs, entropy, values, advantages, returns = estimate(*rollout)
-        explained_var = explained_variance(values, returns)  # before V has seen these returns
+        with torch.no_grad():  # only the KL divergence needs all of pi_old
+            old_policy = agent.policy(obs) if args.objective == "kl" else old_log_probs
+        explained_var = explained_variance(values, returns)  # of V before the update
         losses = []
         for epoch in range(args.update_epochs):
             if epoch and args.recompute_advantages:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Trust Region Policy Optimization (TRPO): one step on each batch, of a length that can be trusted.
+"""Trust Region Policy Optimization (TRPO): one step on each batch, limited by a KL divergence.
 
-The policy gradient holds only near the policy that collected the batch, and a small step of the
-weights may be a large step of the policy. TRPO measures a step by the KL divergence between the old
-and the new policy: it follows the natural gradient, and goes no further than max_kl.
+The policy gradient is right only near the policy that collected the batch, and a small change of
+the weights may be a large change of the policy. TRPO measures a step by the KL divergence between
+the old and the new policy: it follows the natural gradient, and goes no further than max_kl.
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
@@ -12,10 +12,10 @@ and the new policy: it follows the natural gradient, and goes no further than ma
 (3)  ratio = pi(actions | obs) / pi_old(actions | obs)
 (4)  policy_loss = -E[ratio * (advantages - E[advantages])], which is 0 for pi = pi_old
 (5)  kl = E[KL(pi_old || pi)], which is 0 for pi = pi_old, and so is its gradient
-(6)  F v = gradient of ((gradient of kl) . v) + cg_damping * v at pi = pi_old, where F is the Fisher
-     matrix, the Hessian of kl, plus cg_damping on its diagonal; F itself is never computed
+(6)  F v = gradient of ((gradient of kl) . v) + cg_damping * v at pi = pi_old, where F = H +
+     cg_damping * I is never computed; H, the Hessian of kl, is the Fisher matrix of pi
 (7)  F x = g, solved for x by conjugate gradients; g = -gradient of policy_loss at pi = pi_old
-(8)  step = sqrt(2 * max_kl / (x . F x)) * x, since a step changes kl by about step . F step / 2
+(8)  step = sqrt(2 * max_kl / (x . F x)) * x, whose kl is about step . H step / 2, at most max_kl
 (9)  value_loss = E[(V(obs) - returns)^2]
 
     repeat
@@ -72,7 +72,7 @@ class Args:
     gae_lambda: float = arg(0.95, "lambda of GAE (1)", 0, 1)
     anneal: bool = arg(True, "lower learning_rate and max_kl linearly to 0")
     hidden_size: int = arg(64, "units in each of the two hidden layers", 1)
-    log_std: float = arg(0.0, "initial log standard deviation, for actions in [-1, 1]")
+    log_std: float = arg(0.0, "initial log standard deviation of actions scaled to [-1, 1]")
     norm_obs: bool = arg(True, "normalize vector observations by running statistics")
     norm_returns: bool = arg(True, "divide rewards by the running std of the returns")
 
@@ -96,7 +96,7 @@ ACTION_SPACES = "Discrete", "Box"
 
 # ===================================================================================== Networks
 class RunningNorm(nn.Module):
-    """Normalizes (..., *shape) by the mean and standard deviation of all that `update` saw."""
+    """Normalizes (..., *shape) by the mean and standard deviation of all inputs of `update`."""
 
     def __init__(self, shape):
         super().__init__()
@@ -221,8 +221,8 @@ def flat_grad(y, parameters, **kwargs):
     return torch.cat([x.flatten() for x in torch.autograd.grad(y, parameters, **kwargs)])
 
 
-def fisher_product(kl, parameters, cg_damping):
-    """The function from v to F v (6), where kl is (5) as a function of the parameters."""
+def fisher_vector_product(kl, parameters, cg_damping):
+    """The function v -> F v (6); the graph of kl (5) must still exist."""
     kl_grad = flat_grad(kl, parameters, create_graph=True)
 
     def product(v):
@@ -269,13 +269,14 @@ def train(args, resume=""):
     batch_size = args.num_envs * args.num_steps
     if batch_size < max(2, args.num_minibatches):
         raise UserError(f"a batch of {batch_size} steps is too small: it needs two, and one for "
-                        f"each of {args.num_minibatches} minibatches; set --num-minibatches")
+                        f"each of {args.num_minibatches} minibatches; set --num-steps or "
+                        "--num-minibatches")
     device = setup(args)
     envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights, critic_weights = flatten_parameters(agent.actor), flatten_parameters(agent.critic)
     parameters = list(agent.actor.parameters())  # views of weights
-    # On a GPU, graphs read what changes over time from tensors.
+    # A tensor, because a CUDA graph would keep the value that a float had at its capture.
     learning_rate, max_kl = torch.tensor([args.learning_rate, args.max_kl], device=device)
     optimizer = torch.optim.Adam([critic_weights], learning_rate, eps=1e-5, fused=True,
                                  capturable=device.type == "cuda")
@@ -303,10 +304,10 @@ def train(args, resume=""):
         policy_loss, kl = surrogate_and_kl(*batch)
         g = -flat_grad(policy_loss, parameters, retain_graph=True)                          # (7)
         all_reduce_mean(g)
-        product = fisher_product(kl, parameters, args.cg_damping)
+        product = fisher_vector_product(kl, parameters, args.cg_damping)
         x = conjugate_gradient(product, g, args.cg_iters)                                   # (7)
-        x_F_x = x.dot(g)  # x . F x, as g - F x is orthogonal to x; this saves a product
-        return (2 * max_kl / x_F_x.clamp(min=1e-30)).sqrt() * x                             # (8)
+        x_F_x = x.dot(product(x)).clamp(min=1e-30)  # x is 0 if g is
+        return (2 * max_kl / x_F_x).sqrt() * x                                              # (8)
 
     @torch.no_grad()
     def evaluate_step(*batch):
@@ -318,7 +319,7 @@ def train(args, resume=""):
     def update_critic(obs, returns):
         """One Adam step on a minibatch (B, ...); return value_loss."""
         value_loss = F.mse_loss(agent.value(obs), returns)                                  # (9)
-        critic_weights.grad.zero_()  # faster than optimizer.zero_grad()
+        critic_weights.grad.zero_()  # zero_grad() would set it to None; each p.grad is a view of it
         value_loss.backward()
         all_reduce_mean(critic_weights.grad)
         optimizer.step()
@@ -343,7 +344,9 @@ def train(args, resume=""):
         with torch.no_grad():
             old_policy = agent.policy(obs)
         values, advantages, returns = estimate(*rollout)
-        # Double precision gives 0 if all are equal. Their scale does not matter to (8).
+        explained_var = explained_variance(values, returns)  # of V before the update
+        # In double precision, equal advantages become exactly 0. The step (8) does not depend on
+        # their scale, so they are not divided by their standard deviation.
         batch = obs, actions, advantages - advantages.double().mean(), old_policy           # (4)
         step = compute_step(*batch)
         if args.line_search:
@@ -365,8 +368,7 @@ def train(args, resume=""):
 
         entropy = -agent.log_probs(old_policy, actions).mean()  # an estimate from samples
         run.log(policy_loss=policy_loss, value_loss=torch.stack(losses).mean(), entropy=entropy,
-                kl=kl, step_fraction=fraction,
-                explained_variance=explained_variance(values, returns))
+                kl=kl, step_fraction=fraction, explained_variance=explained_var)
     run.finish()
     return agent, run.history
 

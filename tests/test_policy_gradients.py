@@ -15,13 +15,12 @@ import trpo
 
 COUNT = gym.spaces.Box(0, np.inf, (1,), np.float32)
 PLAIN = dict(norm_obs=False, norm_returns=False, anneal=False)
-EXTRA = {ppo: dict(norm_advantages=False), reinforce: {}}
 
 
 def train(module, env, **changes):
     """A short run without presets, statistics and schedules, which would hide the numbers."""
     defaults = {field.name: field.default for field in dataclasses.fields(module.Args)}
-    settings = small(module.__name__, **PLAIN | EXTRA.get(module, {}))
+    settings = small(module.__name__, **PLAIN)
     return module.train(module.Args(**defaults | settings | dict(env=env) | changes))
 
 

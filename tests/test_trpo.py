@@ -162,12 +162,12 @@ def dense_fisher(agent, obs):
 def product_of(agent, obs, damping):
     policy = agent.policy(obs)
     kl = trpo.kl_divergence(policy.detach(), policy, agent.discrete).mean()
-    return trpo.fisher_product(kl, list(agent.actor.parameters()), damping)
+    return trpo.fisher_vector_product(kl, list(agent.actor.parameters()), damping)
 
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("damping", [0, 0.3])
-def test_the_fisher_product_is_that_of_the_dense_hessian_of_the_kl(space, damping):
+def test_the_fisher_vector_product_is_that_of_the_dense_hessian_of_the_kl(space, damping):
     agent, obs = tiny_agent(space), torch.randn(40, 2, dtype=torch.double)
     fisher = dense_fisher(agent, obs)
     product = product_of(agent, obs, damping)
@@ -176,7 +176,7 @@ def test_the_fisher_product_is_that_of_the_dense_hessian_of_the_kl(space, dampin
     assert torch.allclose(columns, fisher + damping * torch.eye(len(fisher)), atol=1e-10)
 
 
-def test_the_fisher_product_is_that_of_the_covariance_of_the_score():
+def test_the_fisher_vector_product_is_that_of_the_covariance_of_the_score():
     agent, obs = tiny_agent(gym.spaces.Discrete(3)), torch.randn(40, 2, dtype=torch.double)
     expected = 0
     for one in obs:
