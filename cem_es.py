@@ -225,13 +225,14 @@ def train(args, resume=""):
         layers, observed = agent.layers(F.pad(samples, (0, 0, 0, unused))), []
         envs.reset([*seeds, *[None] * unused])
         while len(envs.episodes) < len(seeds):
-            observed.append(agent.features(envs.obs))
-            envs.step(act(observed[-1], *layers))
+            features = agent.features(envs.obs)
+            envs.step(act(features, *layers))
+            if args.norm_obs:
+                observed.append(features)
         episodes = torch.tensor(sorted(envs.episodes), dtype=torch.double, device=device)[:, 1:]
         if args.norm_obs:
-            observed = torch.stack(observed, 1)[:len(seeds)]  # (N, T, size)
-            steps = torch.arange(observed.shape[1], device=device)
-            agent.norm.add(observed[steps < episodes[:, 1:]])  # not what followed the end
+            for features, length in zip(torch.stack(observed, 1), episodes[:, 1].int().tolist()):
+                agent.norm.add(features[:length])  # not what followed the end
         return episodes
 
     while run.step < args.total_timesteps:
@@ -265,7 +266,8 @@ def train(args, resume=""):
             ranks = centered_ranks(fitness)
             gradient = es_gradient(ranks, noise, sigma)
             agent.weights.grad = gradient - args.weight_decay * mean                        # (3)
-            if ranks.any():  # Adam would make a full step of the weight decay alone
+            # If each pair ties, Adam would follow rounding errors and the weight decay alone.
+            if (ranks[:args.pairs] != ranks[args.pairs:]).any():
                 optimizer.step()
         if args.norm_obs:  # only now: all members must see the same observations
             agent.norm.update()

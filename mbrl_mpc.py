@@ -9,9 +9,9 @@ ensemble; the members disagree where data are scarce.
 
 (1)  member e predicts delta ~ Normal(mean_e, exp(log_var_e / 2)), where delta is (next_obs - obs,
      rewards), normalized, and P(termination) = sigmoid(logit_e), all functions of (obs, actions)
-(2)  model_loss = E[w * ((delta - mean)^2 / exp(log_var) + log_var) / 2 - log P(terminations)]
-     with w = exp(log_var) as a constant: without w, the numbers that are predicted best dominate
-     the gradient (beta-NLL with beta = 1, arXiv:2203.09168)
+(2)  model_loss = E[sum(w * ((delta - mean)^2 / exp(log_var) + log_var)) / 2 - log P(terminations)]
+     with w = exp(log_var) as a constant and a sum over the dimensions of delta; without w, those
+     that are predicted best dominate the gradient (beta-NLL with beta = 1, arXiv:2203.09168)
 (3)  next_obs = obs + delta with delta = mean_e + exp(log_var_e / 2) * noise, no longer normalized;
      the reward has no noise. A particle follows a new random member e at every step (ts1) or the
      same one throughout (tsinf)
@@ -19,7 +19,8 @@ ensemble; the members disagree where data are scarce.
      gamma^horizon * alive[horizon] * V(obs[horizon]); alive[t+1] = alive[t] * (1 - P(termination))
 (5)  cem: plans = mean + std * noise within the bounds, the noise correlated over time; then mean
      and std become those of the elites, the best plans, but std at least a tenth of the first.
-     random: the best of uniform plans
+     random: the best of independent uniform plans. A Discrete action is the argmax of its part of
+     a plan, which has a number for each action
 (6)  value_loss = E[(V(obs) - rewards - gamma * (1 - terminations) * target_V(next_obs))^2]; at the
      start of each round target_V is a copy of V, then target_V = target_V + tau * (V - target_V)
 (7)  policy: policy_loss = -E[returns of policy(obs)] + ACTOR_PENALTY * E[actor(obs)^2] and
@@ -35,9 +36,10 @@ ensemble; the members disagree where data are scarce.
 Levine's CS 285 numbers the versions of model-based RL: 0.5 plans with a model of random data only
 (--learning-starts and --total-timesteps equal); 1.0 also learns from the data that its plans
 collect, but follows each plan for many steps (--replan-every 10); 1.5 plans again at every step
-(with an ensemble: PETS, Chua et al. 2018, arXiv:1805.12114); 2.0 is --planner policy (SVG, Heess et
-al. 2015, arXiv:1510.09142, with Dreamer's V, arXiv:1912.01603). A time limit (truncation)
-bootstraps from V(next_obs); only a termination does not.
+(with an ensemble: PETS, Chua et al. 2018, arXiv:1805.12114, which is given the rewards); 2.0 is
+--planner policy (SVG, Heess et al. 2015, arXiv:1510.09142, with a V at the horizon as in Dreamer,
+arXiv:1912.01603). A time limit (truncation) bootstraps from V(next_obs); only a termination does
+not.
 
     python mbrl_mpc.py --env Pendulum-v1 --planner policy
 """
@@ -69,7 +71,7 @@ class Args:
     run_dir: str = arg("", "folder of the run; empty: a new one in runs/, from Python none")
     checkpoint_every: int = arg(0, "steps between checkpoints; 0: one a minute", 0)
     # The algorithm.
-    planner: typing.Literal["cem", "random", "policy"] = arg("cem", "cem (5), random or policy (7)")
+    planner: typing.Literal["cem", "random", "policy"] = arg("cem", "cem, random (5) or policy (7)")
     learning_starts: int = arg(1000, "steps of random actions before learning", 0)
     num_steps: int = arg(200, "steps of each environment between rounds of updates", 1)
     num_updates: int = arg(500, "updates of each network in a round", 1)
@@ -77,7 +79,6 @@ class Args:
     learning_rate: float = arg(1e-3, "step size of Adam, lowered linearly to 0 in each round", 0)
     hidden_size: int = arg(200, "units in each of the two hidden layers", 1)
     ensemble_size: int = arg(5, "members of the ensemble", 1)
-    num_particles: int = arg(5, "particles of each plan, equally many for each member", 1)
     propagation: typing.Literal["ts1", "tsinf"] = arg("ts1", "ts1 or tsinf (3)")
     horizon: int = arg(25, "steps that the model looks ahead", 1)
     gamma: float = arg(0.99, "discount factor", 0, 1)
@@ -96,8 +97,8 @@ class Args:
         apply_settings(self, given)
 
 
-SMALL = dict(num_steps=50, num_updates=200, learning_rate=5e-3, ensemble_size=3, num_particles=3,
-             hidden_size=64, rounds=2)
+SMALL = dict(num_steps=50, num_updates=200, learning_rate=5e-3, ensemble_size=3, hidden_size=64,
+             rounds=2)
 PRESETS = {  # settings that are known to work; keys may be patterns
     "CartPole-v1": SMALL | dict(total_timesteps=5000, num_envs=5, learning_starts=500, horizon=15,
                                 population=40, elites=5, correlation=0.0, terminal_value=True),
@@ -144,7 +145,8 @@ class Model(nn.Module):
 
     def __init__(self, obs_size, action_size, args):
         super().__init__()
-        self.inputs, self.deltas = Normalizer(obs_size + action_size), Normalizer(obs_size + 1)
+        self.input_norm, self.delta_norm = (
+            Normalizer(size) for size in (obs_size + action_size, obs_size + 1))
         sizes = [obs_size + action_size, args.hidden_size, args.hidden_size, 2 * obs_size + 3]
         self.weights = nn.ParameterList(
             torch.randn(args.ensemble_size, n, m) / math.sqrt(n) for n, m in zip(sizes, sizes[1:]))
@@ -152,27 +154,26 @@ class Model(nn.Module):
 
     def forward(self, obs, actions):
         """The normalized mean and log_var (E, B, obs_size + 1) and the logit (E, B) of (1)."""
-        x = self.inputs(torch.cat([obs, actions], -1))
+        x = self.input_norm(torch.cat([obs, actions], -1))
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = torch.baddbmm(bias, F.silu(x, inplace=not x.requires_grad) if i else x, weight)
-        size, (low, high) = len(self.deltas.mean), LOG_VAR_RANGE
+        size, (low, high) = len(self.delta_norm.mean), LOG_VAR_RANGE
         mean, log_var, logit = x.split([size, size, 1], -1)                                 # (1)
         return mean, low + (high - low) * log_var.sigmoid(), logit.squeeze(-1)
 
     def loss(self, obs, actions, next_obs, rewards, terminations):
         """The loss (2) of each transition (E, B)."""
         mean, log_var, logit = self(obs, actions)
-        delta = self.deltas(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
+        delta = self.delta_norm(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
         w = log_var.exp().detach()
         losses = (w * ((delta - mean).square() / log_var.exp() + log_var) / 2).sum(-1)
         return losses + F.binary_cross_entropy_with_logits(logit, terminations, reduction="none")
 
     def predict(self, obs, actions, noise):
-        """next_obs (3), rewards and P(termination) of particles (P, B, ...), P / E per member."""
-        outputs = self(*(x.reshape(len(self.biases[0]), -1, x.shape[-1]) for x in (obs, actions)))
-        mean, log_var, logit = (x.reshape(*obs.shape[:2], *x.shape[2:]) for x in outputs)
-        delta = mean + (log_var / 2).exp() * noise                                          # (3)
-        delta = self.deltas.mean + self.deltas.std * delta
+        """next_obs (3), rewards and P(termination) of particles (E, B, ...), one per member."""
+        mean, log_var, logit = self(obs, actions)
+        delta = mean + (log_var / 2).exp() * noise
+        delta = self.delta_norm.mean + self.delta_norm.std * delta                          # (3)
         return obs + delta[..., :-1], delta[..., -1], logit.sigmoid()
 
 
@@ -190,16 +191,12 @@ class Agent(nn.Module):
             raise UserError(f"policy needs Box actions, {args.env} has Discrete; use --planner cem")
         if args.elites >= args.population and args.planner == "cem":
             raise UserError(f"elites is {args.elites}, not less than population {args.population}")
-        if args.num_particles % args.ensemble_size:
-            raise UserError(f"{args.num_particles} particles cannot be shared equally by "
-                            f"{args.ensemble_size} members; set --num-particles")
         if args.replan_every > args.horizon:
             raise UserError(f"replan_every is {args.replan_every}, but horizon only {args.horizon}")
         obs_size, action_size = obs_space.shape[0], gym.spaces.flatdim(action_space)
-        one_hot_bounds = torch.tensor([[0], [1], [1 / action_size], [1]]).expand(4, action_size)
-        bounds = one_hot_bounds if self.discrete else box_bounds(action_space)
+        space = gym.spaces.Box(-1, 1, (action_size,)) if self.discrete else action_space
         buffer = functools.partial(nn.Buffer, persistent=False)
-        self.low, self.high, self.center, self.scale = map(buffer, bounds)
+        self.low, self.high, self.center, self.scale = map(buffer, box_bounds(space))
         t = torch.arange(args.horizon)  # noise[t] and noise[u] correlate by correlation^|t - u|
         self.noise_cholesky = buffer(
             torch.linalg.cholesky(args.correlation ** (t - t.unsqueeze(1)).abs()))
@@ -209,13 +206,13 @@ class Agent(nn.Module):
 
     def fit_normalizers(self, obs, actions, next_obs, rewards):
         self.obs_norm.fit(obs)
-        self.model.inputs.fit(torch.cat([obs, actions], -1))
-        self.model.deltas.fit(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
+        self.model.input_norm.fit(torch.cat([obs, actions], -1))
+        self.model.delta_norm.fit(torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1))
 
     def return_unit(self):
         """The size of a typical return; losses (6) and (7) are measured in this unit."""
-        rewards = self.model.deltas
-        return rewards.mean[-1].hypot(rewards.std[-1]).clamp(min=1e-6) / (1.01 - self.args.gamma)
+        norm = self.model.delta_norm  # whose last dimension is the reward
+        return norm.mean[-1].hypot(norm.std[-1]).clamp(min=1e-6) / (1.01 - self.args.gamma)
 
     def value(self, obs):
         return self.return_unit() * self.critic(self.obs_norm(obs)).squeeze(-1)
@@ -230,38 +227,38 @@ class Agent(nn.Module):
         return actions.clamp(self.low, self.high)
 
     def sample_noise(self, batch_size=1, fixed=False):
-        """The noise of plans (R, K, H, A) and of states (H, P, batch_size, obs_size + 1),
-        and random orders of particles (H, P)."""
-        args, options = self.args, dict(device=self.center.device)
-        options["generator"] = torch.Generator(**options).manual_seed(0) if fixed else None
+        """The noise of plans (R, K, H, A) and of states (H, E, batch_size, obs_size + 1),
+        and random orders of particles (H, E)."""
+        args, device = self.args, self.center.device
+        generator = torch.Generator(device).manual_seed(0) if fixed else None
+        options = dict(device=device, generator=generator)
         rounds = dict(cem=args.rounds, random=1, policy=0)[args.planner]
         # Correlated in time, as in iCEM (arXiv:2008.06389): independent actions cancel out.
         plan_noise = self.noise_cholesky @ torch.randn(
             rounds, args.population, args.horizon, len(self.center), **options)
         plan_noise[:, 0] = 0  # the mean itself is one of the plans
         if args.planner == "random":
-            plan_noise = 2 * torch.special.ndtr(plan_noise) - 1  # uniform from -1 to 1
-        H, P = args.horizon, args.num_particles
-        noise = torch.randn(H, P, batch_size, len(self.model.deltas.mean), **options)
-        noise[..., -1] = 0  # of a reward only the mean matters
-        return plan_noise, noise, torch.rand(H, P, **options).argsort(-1)
+            plan_noise = 2 * torch.rand(plan_noise.shape, **options) - 1  # independent, uniform
+        H, E = args.horizon, args.ensemble_size
+        noise = torch.randn(H, E, batch_size, len(self.model.delta_norm.mean), **options)
+        noise[..., -1] = 0  # rewards are not sampled, as only their mean counts in (4)
+        return plan_noise, noise, torch.rand(H, E, **options).argsort(-1)
 
     def rollout_model(self, obs, act, noise, orders):
         """The returns (4) (B,) from obs (B, obs_size) with the actions act(t, obs)."""
-        P, gamma, returns = self.args.num_particles, self.args.gamma, 0
-        obs = obs.expand(P, *obs.shape)
-        alive = torch.ones_like(obs[..., 0])  # (P, B)
+        E, gamma, returns = self.args.ensemble_size, self.args.gamma, 0
+        obs = obs.expand(E, *obs.shape)
+        alive = torch.ones_like(obs[..., 0])  # (E, B)
         for t in range(self.args.horizon):
             if self.args.propagation == "ts1":  # a particle's position is its member
                 obs, alive = obs[orders[t]], alive[orders[t]]
-            actions = act(t, obs).expand(P, -1, -1)
-            obs, rewards, p_termination = self.model.predict(obs, actions, noise[t])
-            rewards = torch.where(alive > 0, alive * rewards, 0.0)  # 0 * NaN would be NaN
-            returns = returns + gamma ** t * rewards.mean(0)                                # (4)
+            actions = act(t, obs).expand(E, -1, -1)
+            next_obs, rewards, p_termination = self.model.predict(obs, actions, noise[t])
+            returns = returns + gamma ** t * (alive * rewards).mean(0)                      # (4)
             alive = alive * (1 - p_termination)
+            obs = torch.where(alive.unsqueeze(-1) > 0, next_obs, obs)  # the dead stay finite
         if self.args.terminal_value:
-            values = torch.where(alive > 0, alive * self.value(obs), 0.0)
-            returns = returns + gamma ** self.args.horizon * values.mean(0)
+            returns = returns + gamma ** self.args.horizon * (alive * self.value(obs)).mean(0)
         return returns
 
     def plan(self, obs, mean, plan_noise, noise, orders):
@@ -283,10 +280,10 @@ class Agent(nn.Module):
     def reset(self, episode_starts):
         """Forget the plans where an episode starts (N,)."""
         if self.plans is None or len(self.plans) != len(episode_starts):
-            self.plans = self.center.expand(self.args.horizon, -1)
-            self.steps_left = episode_starts = torch.ones_like(episode_starts)
+            self.plans = self.center.expand(len(episode_starts), self.args.horizon, -1)
+            self.steps = torch.zeros_like(episode_starts)
         self.plans = torch.where(episode_starts.view(-1, 1, 1) > 0, self.center, self.plans)
-        self.steps_left = torch.where(episode_starts > 0, 0, self.steps_left)  # to the next plan
+        self.steps = torch.where(episode_starts > 0, 0, self.steps)  # since the episode started
 
     @torch.inference_mode()
     def act(self, obs, deterministic=False):
@@ -299,11 +296,10 @@ class Agent(nn.Module):
         if self.plans is None or len(self.plans) != len(obs):
             self.reset(obs.new_zeros(len(obs)))
         self.plans = torch.cat([self.plans[:, 1:], self.center.expand_as(self.plans[:, :1])], 1)
-        if (due := self.steps_left == 0).any():
+        if (due := self.steps % self.args.replan_every == 0).any():
             plans = self.plan(obs, self.plans, *self.sample_noise(fixed=deterministic))
             self.plans = torch.where(due.view(-1, 1, 1), plans, self.plans)
-            self.steps_left = torch.where(due, self.args.replan_every, self.steps_left)
-        self.steps_left = self.steps_left - 1
+        self.steps = self.steps + 1
         return self.plans[:, 0].argmax(-1) if self.discrete else self.plans[:, 0]
 
     def random_actions(self, obs):
@@ -336,7 +332,7 @@ def cem(score, project, mean, std, noise, elites):
         plans = project(mean.unsqueeze(1) + std.unsqueeze(1) * row)  # (N, K, H, A)
         scores = score(plans)  # (N, K)
         best = torch.where(scores.isfinite(), scores, -math.inf).topk(elites)               # (5)
-        # Where too few scores are finite, the best plan takes the place of the others.
+        # If fewer scores than elites are finite, the best plan fills the other places.
         indices = torch.where(best.values > -math.inf, best.indices, best.indices[:, :1])
         elite_plans = plans.take_along_dim(indices[..., None, None], 1)
         mean = elite_plans.mean(1)                                                          # (5)
@@ -375,15 +371,16 @@ def train(args, resume=""):
 
     def update_actor_critic(obs, actions, next_obs, rewards, terminations, *noise):
         """One Adam step of V and the policy on a batch (B, ...); return value_loss, policy_loss."""
-        losses, unit = [], agent.return_unit()
         if args.planner == "policy":
             returns = target.rollout_model(obs, lambda t, obs: agent.policy(obs), *noise)
-            penalty = agent.actor(agent.obs_norm(obs)).square().mean()
-            losses.append(-(returns / unit).mean() + ACTOR_PENALTY * penalty)               # (7)
         else:
             next_values = torch.where(terminations > 0, 0.0, target.value(next_obs))
-            returns = rewards + args.gamma * next_values                                    # (6)
-        losses.insert(0, ((agent.value(obs) - returns.detach()) / unit).square().mean())    # (7)
+            returns = rewards + args.gamma * next_values
+        unit = agent.return_unit()
+        losses = [((agent.value(obs) - returns.detach()) / unit).square().mean()]      # (6), (7)
+        if args.planner == "policy":
+            penalty = agent.actor(agent.obs_norm(obs)).square().mean()
+            losses.append(-(returns / unit).mean() + ACTOR_PENALTY * penalty)               # (7)
         weights.grad.zero_()
         sum(losses).backward()
         all_reduce_mean(weights.grad)
@@ -396,7 +393,8 @@ def train(args, resume=""):
         cuda_graph(f, device) for f in (agent.plan, update_model, update_actor_critic))
     while run.step < args.total_timesteps:
         run.checkpoint()
-        rollout, act = [], agent.act if run.step >= args.learning_starts else agent.random_actions
+        act = agent.act if run.step >= args.learning_starts else agent.random_actions
+        rollout = []
         for _ in range(args.num_steps):
             agent.reset(envs.episode_starts)
             obs, actions = envs.obs, act(envs.obs)

@@ -29,7 +29,7 @@ SMALL = {
     "naf": dict(num_envs=2, train_every=4, num_updates=2, buffer_size=200, batch_size=16,
                 learning_starts=32, hidden_size=16),
     "mbrl_mpc": dict(num_envs=4, num_steps=16, learning_starts=32, num_updates=4, batch_size=16,
-                     hidden_size=16, ensemble_size=2, num_particles=2, horizon=3, population=8,
+                     hidden_size=16, ensemble_size=2, horizon=3, population=8,
                      elites=2, rounds=2),
 }
 # Settings with which training must diverge: in its metrics first, or in its weights first.

@@ -148,6 +148,28 @@ def test_equal_fitness_moves_nothing():
     assert torch.equal(once.weights, often.weights) and once.weights.any()
 
 
+class SeedOnly(gym.Env):
+    """Episodes of one step, whose reward depends on the seed and on nothing else."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 4).astype(np.float32), {}
+
+    def step(self, action):
+        return np.zeros(4, np.float32), float(self.np_random.integers(100)), True, False, {}
+
+
+gym.register("SeedOnly-v0", SeedOnly)
+
+
+def test_pairs_that_tie_move_nothing_although_the_pairs_differ():
+    settings = dict(method="es", weight_decay=0.0, total_timesteps=100, pairs=16)
+    agent, history = train("SeedOnly-v0", **settings)
+    assert (agent.weights == 0).all() and len({row["episode_return"] for row in history}) > 1
+
+
 @pytest.mark.parametrize("sigma", [0.01, 1.0, 20.0])
 def test_linear_fitness_recovers_its_slope(sigma):
     D, slope = 6, torch.randn(6, dtype=torch.double)

@@ -29,7 +29,7 @@ def make_agent(obs_size=1, action_space=BOX, step=None, **changes):
     torch.manual_seed(0)
     space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float32)
     if step:
-        changes = dict(ensemble_size=1, num_particles=1) | changes
+        changes = dict(ensemble_size=1) | changes
     agent = Agent(space, action_space, settings(**changes))
     if step:
         agent.model.predict = lambda obs, actions, noise: step(obs, actions)
@@ -349,7 +349,7 @@ def test_an_episode_that_starts_elsewhere_does_not_change_a_plan():
 def test_training_forgets_plans_where_episodes_start(spy):
     calls = spy(Agent, "plan")
     train("probes:Counter-v0", total_timesteps=256, learning_starts=0, elites=3)
-    begun = torch.stack([(call["mean"] == 0.5).all(-1).all(-1) for call in calls])
+    begun = torch.stack([(call["mean"] == 0).all(-1).all(-1) for call in calls])
     steps = torch.stack([call["obs"][:, 0] for call in calls])
     assert begun[steps == 0].all() and not begun[steps > 0].any() and (steps > 0).any()
 
@@ -363,10 +363,10 @@ def particles(propagation, horizon=6, num_particles=4):
 
     Member 0 of two always adds 1 to the first observation, member 1 adds 10. The second one tells
     the particles apart."""
-    agent = make_agent(2, propagation=propagation, num_particles=num_particles, horizon=horizon)
+    agent = make_agent(2, propagation=propagation, ensemble_size=num_particles, horizon=horizon)
     for x in agent.model.parameters():
         x.zero_()
-    agent.model.biases[-1][:, 0, 0] = torch.tensor([1.0, 10.0])
+    agent.model.biases[-1][:, 0, 0] = torch.tensor([1.0, 1, 10, 10])
     predict, added = agent.model.predict, []
 
     def watch(obs, actions, noise):
@@ -402,18 +402,18 @@ def test_the_dead_stay_dead_when_particles_change_members():
         ends = (torch.arange(4) < 2 if next(step) == 0 else torch.zeros(4)).view(4, 1).float()
         return obs + torch.where(ends > 0, 100, 0).unsqueeze(-1), (obs[..., 0] < 100).float(), ends
 
-    agent = make_agent(propagation="ts1", num_particles=4, ensemble_size=2, horizon=6, gamma=1)
+    agent = make_agent(propagation="ts1", ensemble_size=4, horizon=6, gamma=1)
     agent.model.predict = predict
     returns = agent.rollout_model(torch.zeros(1, 1), lambda t, obs: obs, *agent.sample_noise()[1:])
     assert returns.item() == 1 + 5 / 2
 
 
 def test_particles_are_spread_by_the_predicted_std_and_all_plans_share_their_noise():
-    agent = make_agent(num_particles=4000, hidden_size=4, propagation="tsinf")
+    agent = make_agent(ensemble_size=4000, hidden_size=4, propagation="tsinf")
     with torch.no_grad():
         for x in agent.model.parameters():
             x.zero_()
-    agent.model.deltas.std.fill_(3)
+    agent.model.delta_norm.std.fill_(3)
     low, high = mbrl_mpc.LOG_VAR_RANGE
     obs = torch.zeros(4000, 7, 1)
     next_obs, rewards, _ = agent.model.predict(obs, obs, agent.sample_noise()[1][0])
@@ -423,10 +423,10 @@ def test_particles_are_spread_by_the_predicted_std_and_all_plans_share_their_noi
 
 def test_what_is_predicted_behind_an_imagined_end_does_not_count(monkeypatch):
     agent = make_agent(horizon=3, terminal_value=True)
-    answers = [(0.0, 5.0, 1.0)] + [(math.nan, math.nan, 0.0)] * 2  # obs, reward, P(termination)
+    answers = [(math.nan, 5.0, 1.0)] + [(0.0, 1.0, 0.0)] * 2  # obs, reward, P(termination)
 
     def predict(obs, actions, noise):
-        new_obs, reward, end = (torch.full_like(obs, x) for x in answers.pop(0))
+        new_obs, reward, end = (x + 0 * obs for x in answers.pop(0))
         return new_obs, reward[..., 0], end[..., 0]
 
     monkeypatch.setattr(agent.model, "predict", predict)
@@ -434,6 +434,18 @@ def test_what_is_predicted_behind_an_imagined_end_does_not_count(monkeypatch):
     obs = torch.zeros(7, 1)
     returns = agent.rollout_model(obs, lambda t, obs: torch.zeros(7, 1), noise, orders)
     assert returns.tolist() == [5.0] * 7
+
+
+def test_a_plan_whose_end_is_not_a_number_is_never_the_best():
+    agent = make_agent(step=lambda obs, actions: (
+        obs, 0 * obs[..., 0] - 1, torch.where(actions[..., 0] > 0, math.nan, 0.0)),
+        horizon=3, population=100, elites=10, rounds=4)
+    assert (best_plan(agent, torch.zeros(1, 1)) <= 0).all()  # steps that cost, without an end
+
+
+def test_random_plans_are_independent_in_time():
+    noise = make_agent(planner="random", horizon=4, population=20000).sample_noise()[0][0, ..., 0]
+    assert np.allclose(np.corrcoef(noise.T.numpy()), np.eye(4), atol=0.03)
 
 
 def test_the_noise_of_plans_is_correlated_in_time():
@@ -481,7 +493,7 @@ def test_the_loss_is_the_negative_log_likelihood_up_to_a_constant():
     for e in range(2):
         for b in range(6):
             delta = torch.cat([next_obs[e, b] - obs[e, b], rewards[e, b, None]])
-            delta = (delta - model.deltas.mean) / model.deltas.std
+            delta = (delta - model.delta_norm.mean) / model.delta_norm.std
             normal = torch.distributions.Normal(mean[e, b], (log_var[e, b] / 2).exp())
             ends = torch.distributions.Bernoulli(logits=logit[e, b])
             nll = -normal.log_prob(delta) - math.log(2 * math.pi) / 2
@@ -512,7 +524,7 @@ def test_a_constant_dimension_is_harmless_and_predicted_exactly():
     assert norm.std[1] == 0 and (norm(x)[:, 1].abs() < 1e-6).all()
     assert torch.allclose(norm(x)[:, 2].std(correction=0), torch.tensor(1.0), atol=1e-4)
     agent = make_agent(3)
-    agent.model.deltas.load_state_dict(dict(mean=torch.tensor([0, 0.1, 7, 0]),
+    agent.model.delta_norm.load_state_dict(dict(mean=torch.tensor([0, 0.1, 7, 0]),
                                             std=torch.tensor([1.0, 0, 2, 1])))
     next_obs, _, _ = agent.model.predict(torch.ones(2, 5, 3), torch.ones(2, 5, 1), torch.randn(4))
     assert (next_obs[..., 1] == 1.1).all() and next_obs[..., 2].std() > 0
@@ -557,7 +569,7 @@ def test_linear_dynamics_are_recovered(linear):
     got, reward, _ = agent.model.predict(obs.expand(P, -1, -1), actions.expand(P, -1, -1), 0)
     errors = torch.cat([got - next_obs, (reward - rewards).unsqueeze(-1)], -1)
     assert (errors.square().mean((0, 1)).sqrt() < 1e-3).all()  # the std of obs is 1
-    assert (errors[..., 2] == 0).all() and agent.model.deltas.std[2] == 0
+    assert (errors[..., 2] == 0).all() and agent.model.delta_norm.std[2] == 0
 
 
 def test_the_statistics_are_those_of_all_data(linear):
@@ -566,7 +578,7 @@ def test_the_statistics_are_those_of_all_data(linear):
     assert len(obs) == 1000
     inputs = torch.cat([obs, actions], -1)
     targets = torch.cat([next_obs - obs, rewards.unsqueeze(-1)], -1)
-    for norm, x in [(agent.model.inputs, inputs), (agent.model.deltas, targets),
+    for norm, x in [(agent.model.input_norm, inputs), (agent.model.delta_norm, targets),
                     (agent.obs_norm, obs)]:
         assert torch.allclose(norm.mean, x.mean(0), atol=1e-4)
         assert torch.allclose(norm.std, x.std(0, correction=0), atol=1e-3)
@@ -682,7 +694,7 @@ def test_random_actions_are_uniform():
 
 @pytest.mark.parametrize("wrong, words", [
     (dict(population=4, elites=4), "elites is 4.*population 4"), (dict(horizon=0), "horizon"),
-    (dict(population=0), "population"), (dict(num_particles=3), "3 particles.*2"),
+    (dict(population=0), "population"), (dict(ensemble_size=0), "ensemble_size"),
     (dict(learning_starts=513), "--learning-starts 51"), (dict(env="probes:BoxImage-v0"), "images"),
     (dict(replan_every=4), "replan_every.*3"),
     (dict(env="CartPole-v1", planner="policy"), "policy needs Box actions")])

@@ -2,7 +2,7 @@
 
     python tests/benchmark/planning.py speed        a plan beside its matrix products alone
     python tests/benchmark/planning.py truth RUN    a run's agent on Pendulum-v1, and the same
-                                                    planner on the true dynamics, episode by episode
+                                                    planner on the true dynamics
 """
 import argparse
 import pathlib
@@ -22,7 +22,7 @@ class Pendulum(nn.Module):
     def __init__(self):
         super().__init__()
         self.device = nn.Parameter(torch.zeros(()))  # says where the agent is
-        self.deltas = mbrl_mpc.Normalizer(4)
+        self.delta_norm = mbrl_mpc.Normalizer(4)
 
     def predict(self, obs, actions, noise):
         cos, sin, speed = obs.unbind(-1)
@@ -40,7 +40,7 @@ def make_agent(args):
 
 def true_agent(args):
     """The planner of `args` on the true dynamics, for which one particle is enough."""
-    agent = make_agent(mbrl_mpc.Args(**vars(args) | dict(ensemble_size=1, num_particles=1)))
+    agent = make_agent(mbrl_mpc.Args(**vars(args) | dict(ensemble_size=1)))
     agent.model = Pendulum()
     return agent
 
@@ -60,14 +60,14 @@ def speed():
     torch.set_num_threads(1)
     print("settings, environments: seconds of a plan, of its matrix products alone, their ratio")
     for name, changes in {"Pendulum-v1's preset": dict(),
-                          "the defaults": dict(num_particles=5, ensemble_size=5, hidden_size=200,
+                          "the defaults": dict(ensemble_size=5, hidden_size=200,
                                                population=200, elites=20, horizon=25)}.items():
         args = mbrl_mpc.Args(env="Pendulum-v1", **changes)
         agent = make_agent(args)
         for num_envs in (1, 4, 20):
             obs, noise = torch.randn(num_envs, 3), agent.sample_noise()
             mean = agent.center.expand(num_envs, args.horizon, -1)
-            rows = num_envs * args.population * args.num_particles // args.ensemble_size
+            rows = num_envs * args.population
             inputs = [torch.randn(args.ensemble_size, rows, x.shape[1])
                       for x in agent.model.weights]
 
