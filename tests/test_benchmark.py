@@ -28,7 +28,8 @@ def test_a_run_is_trained_recorded_and_read_back_and_one_that_was_interrupted_re
     settings = small("ppo")
     row = benchmark.Row("ppo", "CartPole-v1", settings.pop("total_timesteps"), 500,
                         flags=" ".join(flags(settings)), episodes=3)
-    folder = tmp_path / "runs" / benchmark.name(row, 2)
+    version = str(benchmark.VERSION["ppo"])
+    folder = tmp_path / "runs" / "results" / version / benchmark.name(row, 2)
     words = benchmark.command(row, 2).split()[2:] + ["--total-timesteps", "256"]
     begun = [sys.executable, str(ROOT / "ppo.py"), *words, "--run-dir", str(folder)]
     assert subprocess.run(begun, capture_output=True).returncode == 0

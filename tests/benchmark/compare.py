@@ -22,7 +22,7 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
-# Each: our script, environment, environments, steps, our settings, the peer's class and settings;
+# Each: our script, environment, num_envs, steps, our settings, the peer's class and settings;
 # without a peer the other side is gymnasium's vector environment alone, with any actions.
 NO_NORMS = dict(norm_obs=False, norm_returns=False)
 SPEED = {
@@ -55,7 +55,7 @@ SPEED = {
     "cem_es HalfCheetah": ("cem_es", "HalfCheetah-v5", 16, 100_000, dict(population=16), "", {}),
 }
 
-# Each: our script, environment, evaluation episodes, the peer's settings as in the zoo.
+# Each: our script, environment, episodes to score, the peer's num_envs, steps, class and settings.
 SOLVE = {
     "ppo CartPole": (
         "ppo", "CartPole-v1", 100, 8, 100_000, "PPO",

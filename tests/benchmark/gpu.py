@@ -1,8 +1,8 @@
 """What a GPU is worth: its tests, then steps/s with CUDA graphs, without them, and on the CPU.
 
-    python tests/benchmark/gpu.py                     about a quarter of an hour on one GPU
+    python tests/benchmark/gpu.py                     all settings
     python tests/benchmark/gpu.py --only ppo          the settings that contain the word
-    python tests/benchmark/gpu.py --pong 10000000     and Pong by ppo.py and dqn.py in so many steps
+    python tests/benchmark/gpu.py --pong 10000000     also Pong by ppo.py and dqn.py, so many steps
 
 Each run is a process of its own, with seed 1 and the presets; the return is that of its final agent
 over 100 episodes, 10 of Pong. The three returns of a row should differ no more than those of three

@@ -1,6 +1,6 @@
 """How steps per second change with the number of environments, units, transitions and processes.
 
-    python tests/benchmark/growth.py     writes results/growth.csv and growth.svg (10 minutes, idle)
+    python tests/benchmark/growth.py     writes results/growth.csv and growth.svg in 10 minutes
 
 One setting changes at a time. Speed is counted over the last three quarters of a run; the median of
 three runs, one torch thread to a process."""
@@ -17,7 +17,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PANELS = [  # script, environment, steps, flags, the setting that changes and its values
     ("ppo", "CartPole-v1", 40_960, "--num-minibatches 8", "num_envs", [1, 2, 4, 8, 16, 32, 64]),
-    ("ppo", "CartPole-v1", 40_960, "--num-minibatches 8", "hidden_size", [16, 32, 64, 128, 256, 512]),
+    ("ppo", "CartPole-v1", 40_960, "--num-minibatches 8", "hidden_size",
+     [16, 32, 64, 128, 256, 512]),
     ("dqn", "CartPole-v1", 20_000, "", "buffer_size", [1_000, 10_000, 100_000, 1_000_000]),
     ("a2c", "CartPole-v1", 100_000, "", "processes", [1, 2]),
     ("a2c", "CartPole-v1", 100_000, "--asynchronous", "processes", [1, 2])]

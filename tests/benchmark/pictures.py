@@ -1,5 +1,6 @@
 """Draw the pictures of the READMEs from the records of run.py and compare.py in results/.
 
+    python tests/benchmark/pictures.py           draw the curves and the speeds
     python tests/benchmark/pictures.py frames    train agents and draw frames of them (minutes)
 """
 import collections
