@@ -7,8 +7,9 @@ update waits for the end of an episode. Parallel environments make up for the sh
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
-(2)  returns = advantages + V(obs), where rewards, V and returns are in units of return_norm.std,
-     the running standard deviation of all earlier returns
+(2)  returns = advantages + V(obs); rewards, V and returns are in units of return_norm.std, the
+     running standard deviation of all earlier returns. Whenever it changes, the last layer of V is
+     rescaled, which keeps V the same in units of the rewards (PopArt, arXiv:1602.07714)
 (3)  policy_loss = -E[log pi(actions | obs) * advantages]
 (4)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2] - ent_coef * E[entropy(pi)]
 
@@ -143,8 +144,8 @@ class Agent(nn.Module):
         self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
         for p in self.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
-        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first, actions hardly depend on obs
-        nn.init.orthogonal_(self.critic[-1].weight, 1)
+        for last in self.actor[-1], self.critic[-1]:  # at first, neither pi nor V depends on obs
+            nn.init.orthogonal_(last.weight, 0.01)
         self.return_norm = RunningNorm(())
         if not self.discrete:  # outputs from -1 to 1 cover the bounds
             _, _, self.center, self.scale = map(nn.Buffer, box_bounds(action_space))
@@ -202,8 +203,8 @@ def explained_variance(values, returns):
 def share(agent, weights, optimizer, step):
     """A3C: let the processes share all that they learn; return (local_weights, steps).
 
-    `weights`, RMSprop's `square_avg`, the sums of every RunningNorm and `steps`, the steps of each
-    process, move to shared memory. The agent of each process keeps its own copy of the weights,
+    `weights`, RMSprop's `square_avg`, every RunningNorm and `steps`, the steps of each process,
+    move to shared memory. The agent of each process keeps its own copy of the weights,
     local_weights. From now on each process repeats, without locks and without waiting:
 
          collect a batch with local_weights, compute grad, the clipped gradient of its loss (4)
@@ -215,12 +216,13 @@ def share(agent, weights, optimizer, step):
         optimizer.step()  # creates square_avg; the weights do not move, as the gradient is 0
     local_weights, steps = weights.detach(), torch.zeros(WORLD_SIZE, dtype=torch.long)
     steps[0] = step
-    sums = [module.sums for module in agent.modules() if isinstance(module, RunningNorm)]
+    norms = [x for module in agent.modules() if isinstance(module, RunningNorm)
+             for x in module.buffers()]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         folders = [folder]
         if WORLD_SIZE > 1:
             torch.distributed.broadcast_object_list(folders)  # all take that of process 0
-        for i, x in enumerate([weights, optimizer.state[weights]["square_avg"], steps, *sums]):
+        for i, x in enumerate([weights, optimizer.state[weights]["square_avg"], steps, *norms]):
             shared = torch.from_file(f"{folders[0]}/{i}", True, x.numel(), dtype=x.dtype)
             if RANK == 0:
                 shared.copy_(x.flatten())
@@ -248,6 +250,7 @@ def train(args, resume=""):
     run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
     if args.asynchronous:
         local_weights, steps = share(agent, weights, optimizer, run.step)
+    value_layer = weights[-sum(p.numel() for p in agent.critic[-1].parameters()):]
 
     def update(obs, actions, next_obs, rewards, terminations, dones):
         """One RMSprop step on a batch (T, N, ...); return what is logged (4,)."""
@@ -266,10 +269,12 @@ def train(args, resume=""):
         all_reduce_mean(weights.grad)
         weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
         optimizer.step()                                                               # (5), (6)
+        if args.norm_returns:
+            old_std = agent.return_norm.std.clone()
+            agent.return_norm.update((returns * old_std).flatten())
+            value_layer.mul_(old_std / agent.return_norm.std)                               # (2)
         if args.asynchronous:
             local_weights.copy_(weights)                                                    # (7)
-        if args.norm_returns:
-            agent.return_norm.update((returns * agent.return_norm.std).flatten())
         if isinstance(agent.encoder, RunningNorm):
             agent.encoder.update(obs.flatten(0, 1))
         return torch.stack([policy_loss, value_loss, entropy.mean(),

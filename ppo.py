@@ -7,8 +7,9 @@ new and the old policy, and clips the ratio, so that there is no gain in moving 
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
-(2)  returns = advantages + V(obs), where rewards, V and returns are in units of return_norm.std,
-     the running standard deviation of all earlier returns
+(2)  returns = advantages + V(obs); rewards, V and returns are in units of return_norm.std, the
+     running standard deviation of all earlier returns. Whenever it changes, the last layer of V is
+     rescaled, which keeps V the same in units of the rewards (PopArt, arXiv:1602.07714)
 (3)  ratio = pi(actions | obs) / pi_old(actions | obs)
 (4)  clipped_ratio = clip(ratio, 1 - clip_coef, 1 + clip_coef)
      policy_loss = -E[min(ratio * advantages, clipped_ratio * advantages)]
@@ -158,8 +159,8 @@ class Agent(nn.Module):
         self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
         for p in self.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
-        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first, actions hardly depend on obs
-        nn.init.orthogonal_(self.critic[-1].weight, 1)
+        for last in self.actor[-1], self.critic[-1]:  # at first, neither pi nor V depends on obs
+            nn.init.orthogonal_(last.weight, 0.01)
         self.return_norm = RunningNorm(())
         self.beta = nn.Buffer(torch.ones(()))  # of (5), kept in checkpoints
         if not self.discrete:  # outputs from -1 to 1 cover the bounds
@@ -259,6 +260,7 @@ def train(args, resume=""):
     envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten_parameters(agent)
+    value_layer = weights[-sum(p.numel() for p in agent.critic[-1].parameters()):]
     # Tensors, because a CUDA graph would keep the value that a float had at its capture.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     clip_coef = torch.tensor(args.clip_coef, device=device)
@@ -333,7 +335,9 @@ def train(args, resume=""):
             all_reduce_mean(kl)
             agent.beta.copy_(adapt_beta(agent.beta, kl, args.target_kl))                    # (5)
         if args.norm_returns:
-            agent.return_norm.update((returns * agent.return_norm.std).flatten())
+            old_std = agent.return_norm.std.clone()
+            agent.return_norm.update((returns * old_std).flatten())
+            value_layer.mul_(old_std / agent.return_norm.std)                               # (2)
         if isinstance(agent.encoder, RunningNorm):  # only now: the ratio must start at 1
             agent.encoder.update(obs.flatten(0, 1))
 

@@ -7,8 +7,9 @@ the old and the new policy: it follows the natural gradient, and goes no further
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
-(2)  returns = advantages + V(obs), where rewards, V and returns are in units of return_norm.std,
-     the running standard deviation of all earlier returns
+(2)  returns = advantages + V(obs); rewards, V and returns are in units of return_norm.std, the
+     running standard deviation of all earlier returns. Whenever it changes, the last layer of V is
+     rescaled, which keeps V the same in units of the rewards (PopArt, arXiv:1602.07714)
 (3)  ratio = pi(actions | obs) / pi_old(actions | obs)
 (4)  policy_loss = -E[ratio * (advantages - E[advantages])], which is 0 for pi = pi_old
 (5)  kl = E[KL(pi_old || pi)], which is 0 for pi = pi_old, and so is its gradient
@@ -154,8 +155,8 @@ class Agent(nn.Module):
             self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
         for p in self.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
-        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first, actions hardly depend on obs
-        nn.init.orthogonal_(self.critic[-1].weight, 1)
+        for last in self.actor[-1], self.critic[-1]:  # at first, neither pi nor V depends on obs
+            nn.init.orthogonal_(last.weight, 0.01)
         self.return_norm = RunningNorm(())
         if not self.discrete:  # outputs from -1 to 1 cover the bounds
             _, _, self.center, self.scale = map(nn.Buffer, box_bounds(action_space))
@@ -276,6 +277,7 @@ def train(args, resume=""):
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights, critic_weights = flatten_parameters(agent.actor), flatten_parameters(agent.critic)
     parameters = list(agent.actor.parameters())  # views of weights
+    value_layer = critic_weights[-sum(p.numel() for p in agent.critic[-1].parameters()):]
     # A tensor, because a CUDA graph would keep the value that a float had at its capture.
     learning_rate, max_kl = torch.tensor([args.learning_rate, args.max_kl], device=device)
     optimizer = torch.optim.Adam([critic_weights], learning_rate, eps=1e-5, fused=True,
@@ -362,7 +364,9 @@ def train(args, resume=""):
                     args.num_minibatches):
                 losses.append(update_critic(*(x.index_select(0, indices) for x in critic_batch)))
         if args.norm_returns:
-            agent.return_norm.update((returns * agent.return_norm.std).flatten())
+            old_std = agent.return_norm.std.clone()
+            agent.return_norm.update((returns * old_std).flatten())
+            value_layer.mul_(old_std / agent.return_norm.std)                               # (2)
         if isinstance(agent.encoder, RunningNorm):  # only now: the ratio must start at 1
             agent.encoder.update(obs.flatten(0, 1))
 

@@ -75,7 +75,7 @@ def test_only_a_truncation_is_completed_and_only_by_a_trained_value(env, bootstr
     calls = spy(reinforce, "compute_returns")
     agent, _ = train(env, learning_rate=0, total_timesteps=16, baseline=baseline)
     start, end = agent.value(torch.tensor([[0.0], [1.0]])).tolist()
-    assert abs(start - end) > 1e-3  # or else the reset observation would give the same
+    assert abs(start - end) > 1e-4  # or else the reset observation would give the same
     expected = 2 + bootstrapped * (baseline == "value") * 0.99 * end
     for call in calls:
         assert torch.allclose(call["out"], torch.full_like(call["out"], expected), atol=1e-5)
