@@ -217,9 +217,7 @@ def train(args, resume=""):
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten_parameters(agent)
     value_layer = weights[-sum(p.numel() for p in agent.critic[-1].parameters()):]
-    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor as in a2c.py
-    optimizer = torch.optim.Adam([weights], learning_rate, eps=1e-5, fused=True,
-                                 capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam([weights], args.learning_rate, eps=1e-5, fused=True)
     run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
 
     def update(obs, actions, returns, b):
@@ -243,11 +241,11 @@ def train(args, resume=""):
     while run.step < args.total_timesteps:
         run.checkpoint()
         remaining = 1 - run.step / args.total_timesteps if args.anneal else 1
-        optimizer.param_groups[0]["lr"].fill_(args.learning_rate * remaining)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
 
         # Only the first episode of each environment counts. Of the later ones, only those would be
         # complete that end before the longest first episode, and these are mostly short.
-        envs.reset(int(torch.randint(2**31, ())))
+        envs.reset(None)  # drops what was still running after the last batch
         rollout, first_episode = [], torch.ones(args.num_envs, device=device)
         while first_episode.any():
             if len(rollout) == 30_000:
