@@ -81,7 +81,7 @@ PRESETS = {  # settings that are known to work; keys may be patterns
                        gae_lambda=0.95),
     "Pendulum-v1": dict(num_envs=16, num_steps=16, learning_rate=1.5e-3, gamma=0.95,
                         gae_lambda=0.95, norm_obs=False),
-    "HalfCheetah-v5": MUJOCO, "InvertedDoublePendulum-v5": MUJOCO,
+    "HalfCheetah-v5": MUJOCO | dict(max_grad_norm=5.0), "InvertedDoublePendulum-v5": MUJOCO,
     "*ALE/*": dict(total_timesteps=10_000_000, num_envs=16, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"
 
