@@ -250,7 +250,7 @@ def train(args, resume=""):
     run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
     if args.asynchronous:
         local_weights, steps = share(agent, weights, optimizer, run.step)
-    value_layer = weights[-sum(p.numel() for p in agent.critic[-1].parameters()):]
+    value_layer = weights[-agent.critic[-1].in_features - 1:]  # V's last layer
 
     def update(obs, actions, next_obs, rewards, terminations, dones):
         """One RMSprop step on a batch (T, N, ...); return what is logged (4,)."""

@@ -260,7 +260,7 @@ def train(args, resume=""):
     envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten_parameters(agent)
-    value_layer = weights[-sum(p.numel() for p in agent.critic[-1].parameters()):]
+    value_layer = weights[-agent.critic[-1].in_features - 1:]  # V's last layer
     # Tensors, because a CUDA graph would keep the value that a float had at its capture.
     learning_rate = torch.tensor(args.learning_rate, device=device)
     clip_coef = torch.tensor(args.clip_coef, device=device)

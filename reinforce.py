@@ -216,7 +216,7 @@ def train(args, resume=""):
     envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten_parameters(agent)
-    value_layer = weights[-sum(p.numel() for p in agent.critic[-1].parameters()):]
+    value_layer = weights[-agent.critic[-1].in_features - 1:]  # V's last layer
     optimizer = torch.optim.Adam([weights], args.learning_rate, eps=1e-5, fused=True)
     run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
 

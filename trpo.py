@@ -277,7 +277,7 @@ def train(args, resume=""):
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights, critic_weights = flatten_parameters(agent.actor), flatten_parameters(agent.critic)
     parameters = list(agent.actor.parameters())  # views of weights
-    value_layer = critic_weights[-sum(p.numel() for p in agent.critic[-1].parameters()):]
+    value_layer = critic_weights[-agent.critic[-1].in_features - 1:]  # V's last layer
     # A tensor, because a CUDA graph would keep the value that a float had at its capture.
     learning_rate, max_kl = torch.tensor([args.learning_rate, args.max_kl], device=device)
     optimizer = torch.optim.Adam([critic_weights], learning_rate, eps=1e-5, fused=True,
