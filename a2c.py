@@ -7,9 +7,8 @@ update waits for the end of an episode. Parallel environments make up for the sh
 
 (1)  deltas = rewards + gamma * (1 - terminations) * V(next_obs) - V(obs)
      advantages[t] = deltas[t] + gamma * gae_lambda * (1 - dones[t]) * advantages[t + 1]
-(2)  returns = advantages + V(obs); rewards, V and returns are in units of return_norm.std, the
-     running standard deviation of all earlier returns. Whenever it changes, the last layer of V is
-     rescaled, which keeps V the same in units of the rewards (PopArt, arXiv:1602.07714)
+(2)  returns = advantages + V(obs), where rewards, V and returns are in units of return_norm.std,
+     the running standard deviation of all earlier returns
 (3)  policy_loss = -E[log pi(actions | obs) * advantages]
 (4)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2] - ent_coef * E[entropy(pi)]
 
@@ -21,9 +20,10 @@ update waits for the end of an episode. Parallel environments make up for the sh
 A2C is the synchronous form of A3C, Mnih et al. 2016, arXiv:1602.01783. RMSprop adds epsilon outside
 the square root. With gae_lambda = 1, (2) are the paper's n-step returns; a smaller one is GAE,
 arXiv:1506.02438. Running normalization of observations and rewards and orthogonal initialization
-are those of ppo.py. Processes of torchrun average their gradients and take one step together. With
---asynchronous they are the workers of A3C: each changes the shared weights and waits for no other,
-see `share`. A time limit (truncation) bootstraps from V(next_obs); only a termination does not.
+are those of ppo.py, but V is not rescaled when return_norm.std changes. Processes of torchrun
+average their gradients and take one step together. With --asynchronous they are the workers of A3C:
+each changes the shared weights and waits for no other, see `share`. A time limit (truncation)
+bootstraps from V(next_obs); only a termination does not.
 
     python a2c.py --env Acrobot-v1
     torchrun --nproc-per-node 4 a2c.py --env Acrobot-v1 --asynchronous --device cpu
@@ -81,7 +81,7 @@ PRESETS = {  # settings that are known to work; keys may be patterns
                        gae_lambda=0.95),
     "Pendulum-v1": dict(num_envs=16, num_steps=16, learning_rate=1.5e-3, gamma=0.95,
                         gae_lambda=0.95, norm_obs=False),
-    "HalfCheetah-v5": MUJOCO | dict(max_grad_norm=5.0), "InvertedDoublePendulum-v5": MUJOCO,
+    "HalfCheetah-v5": MUJOCO, "InvertedDoublePendulum-v5": MUJOCO,
     "*ALE/*": dict(total_timesteps=10_000_000, num_envs=16, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"
 
@@ -144,8 +144,8 @@ class Agent(nn.Module):
         self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
         for p in self.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
-        for last in self.actor[-1], self.critic[-1]:  # at first, neither pi nor V depends on obs
-            nn.init.orthogonal_(last.weight, 0.01)
+        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first, actions hardly depend on obs
+        nn.init.orthogonal_(self.critic[-1].weight, 1)
         self.return_norm = RunningNorm(())
         if not self.discrete:  # outputs from -1 to 1 cover the bounds
             _, _, self.center, self.scale = map(nn.Buffer, box_bounds(action_space))
@@ -203,8 +203,8 @@ def explained_variance(values, returns):
 def share(agent, weights, optimizer, step):
     """A3C: let the processes share all that they learn; return (local_weights, steps).
 
-    `weights`, RMSprop's `square_avg`, every RunningNorm and `steps`, the steps of each process,
-    move to shared memory. The agent of each process keeps its own copy of the weights,
+    `weights`, RMSprop's `square_avg`, the sums of every RunningNorm and `steps`, the steps of each
+    process, move to shared memory. The agent of each process keeps its own copy of the weights,
     local_weights. From now on each process repeats, without locks and without waiting:
 
          collect a batch with local_weights, compute grad, the clipped gradient of its loss (4)
@@ -216,13 +216,12 @@ def share(agent, weights, optimizer, step):
         optimizer.step()  # creates square_avg; the weights do not move, as the gradient is 0
     local_weights, steps = weights.detach(), torch.zeros(WORLD_SIZE, dtype=torch.long)
     steps[0] = step
-    norms = [x for module in agent.modules() if isinstance(module, RunningNorm)
-             for x in module.buffers()]
+    sums = [module.sums for module in agent.modules() if isinstance(module, RunningNorm)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         folders = [folder]
         if WORLD_SIZE > 1:
             torch.distributed.broadcast_object_list(folders)  # all take that of process 0
-        for i, x in enumerate([weights, optimizer.state[weights]["square_avg"], steps, *norms]):
+        for i, x in enumerate([weights, optimizer.state[weights]["square_avg"], steps, *sums]):
             shared = torch.from_file(f"{folders[0]}/{i}", True, x.numel(), dtype=x.dtype)
             if RANK == 0:
                 shared.copy_(x.flatten())
@@ -250,7 +249,6 @@ def train(args, resume=""):
     run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
     if args.asynchronous:
         local_weights, steps = share(agent, weights, optimizer, run.step)
-    value_layer = weights[-agent.critic[-1].in_features - 1:]  # V's last layer
 
     def update(obs, actions, next_obs, rewards, terminations, dones):
         """One RMSprop step on a batch (T, N, ...); return what is logged (4,)."""
@@ -269,12 +267,10 @@ def train(args, resume=""):
         all_reduce_mean(weights.grad)
         weights.grad.mul_((args.max_grad_norm / weights.grad.norm()).clamp(max=1))
         optimizer.step()                                                               # (5), (6)
-        if args.norm_returns:
-            old_std = agent.return_norm.std.clone()
-            agent.return_norm.update((returns * old_std).flatten())
-            value_layer.mul_(old_std / agent.return_norm.std)                               # (2)
         if args.asynchronous:
             local_weights.copy_(weights)                                                    # (7)
+        if args.norm_returns:
+            agent.return_norm.update((returns * agent.return_norm.std).flatten())
         if isinstance(agent.encoder, RunningNorm):
             agent.encoder.update(obs.flatten(0, 1))
         return torch.stack([policy_loss, value_loss, entropy.mean(),

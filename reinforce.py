@@ -15,9 +15,8 @@ the gradient of 1. So leaving out the earlier rewards or subtracting a baseline 
 b near the mean of returns[t] greatly reduces the variance of the estimate.
 
 (1)  returns[t] = rewards[t] + gamma * (0 if t is a termination, V(next_obs[t]) if a truncation,
-     otherwise returns[t + 1]); rewards, V and returns are in units of return_norm.std, the
-     running standard deviation of all earlier returns. Whenever it changes, the last layer of V is
-     rescaled, which keeps V the same in units of the rewards (PopArt, arXiv:1602.07714)
+     otherwise returns[t + 1]), where rewards, V and returns are in units of return_norm.std,
+     the running standard deviation of all earlier returns
 (2)  advantages = returns - b, where b is 0, the mean of the other environments' returns, or V(obs)
 (3)  policy_loss = -E[log pi(actions | obs) * advantages]
 (4)  loss = policy_loss + vf_coef * E[(V(obs) - returns)^2]; the second term only if b is V(obs)
@@ -149,8 +148,8 @@ class Agent(nn.Module):
         self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
         for p in self.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
-        for last in self.actor[-1], self.critic[-1]:  # at first, neither pi nor V depends on obs
-            nn.init.orthogonal_(last.weight, 0.01)
+        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # at first, actions hardly depend on obs
+        nn.init.orthogonal_(self.critic[-1].weight, 1)
         self.return_norm = RunningNorm(())
         if not self.discrete:  # outputs from -1 to 1 cover the bounds
             _, _, self.center, self.scale = map(nn.Buffer, box_bounds(action_space))
@@ -216,7 +215,6 @@ def train(args, resume=""):
     envs = VecEnv(args.env, args.num_envs, device)
     agent = Agent(envs.obs_space, envs.action_space, args).to(device)
     weights = flatten_parameters(agent)
-    value_layer = weights[-agent.critic[-1].in_features - 1:]  # V's last layer
     optimizer = torch.optim.Adam([weights], args.learning_rate, eps=1e-5, fused=True)
     run = Run(args, envs, resume, agent=agent, optimizer=optimizer)
 
@@ -273,9 +271,7 @@ def train(args, resume=""):
         batch = [x[first_episode > 0] for x in (obs, actions, returns, b)]  # each (B, ...)
         policy_loss, value_loss, entropy, explained_var = update(*batch)
         if args.norm_returns:
-            old_std = agent.return_norm.std.clone()
-            agent.return_norm.update(batch[2] * old_std)
-            value_layer.mul_(old_std / agent.return_norm.std)                               # (1)
+            agent.return_norm.update(batch[2] * agent.return_norm.std)
         if isinstance(agent.encoder, RunningNorm):
             agent.encoder.update(batch[0])
         run.log(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy,

@@ -75,6 +75,7 @@ def test_a_record_of_an_earlier_version_is_marked_and_run_again(tmp_path):
     path.write_text(path.read_text().replace("# version:", "# an older version:"))
     assert not benchmark.is_current(row, 1, tmp_path)
     assert "`ppo.py` †" in benchmark.table([row], tmp_path)
+    assert "as preset † |" in benchmark.ablation([row], tmp_path)
 
 
 @pytest.mark.parametrize("words, part", [

@@ -35,7 +35,7 @@ RUNS = ROOT / "runs/benchmark"
 Row = collections.namedtuple("Row", "script env steps published seeds flags episodes",
                              defaults=[None, range(1, 6), "", 100])
 # Raised when a script changes in a way that changes its numbers.
-VERSION = dict(reinforce=3, a2c=3, ppo=3, trpo=3, dqn=3, ddpg=2, naf=2, cem_es=2, mbrl_mpc=2)
+VERSION = dict(reinforce=3, a2c=2, ppo=3, trpo=3, dqn=3, ddpg=2, naf=2, cem_es=2, mbrl_mpc=2)
 # `published` is the best published return that we know for the algorithm at this number of steps.
 ROWS = [
     Row("reinforce", "CartPole-v1", 200_000, 495),
@@ -230,10 +230,11 @@ def ablation(rows, results=HERE / "results"):
     """The recorded rows of one script, by its options, in Markdown."""
     lines = ["| option | mean ± std | worst |", "|---|---|---|"]
     for row in rows:
-        runs = [run[0] for seed in row.seeds if (run := read(row, seed, results))]
+        runs = {seed: run[0] for seed in row.seeds if (run := read(row, seed, results))}
         if runs:
-            s = statistics(runs)
+            s = statistics(list(runs.values()))
             option = f"`{row.flags}`" if row.flags else "as preset"
+            option += " †" * (not all(is_current(row, seed, results) for seed in runs))
             lines.append(f"| {option} | {number(s['mean'])} ± {number(s['std'])} | "
                          f"{number(s['worst'])} |")
     return "\n".join(lines)
