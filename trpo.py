@@ -84,7 +84,7 @@ class Args:
 MUJOCO = dict(num_steps=128, num_minibatches=8, cg_iters=25, update_epochs=20)
 PRESETS = {  # settings that are known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=60_000, num_minibatches=4, update_epochs=20,
-                        cg_damping=1e-3, gamma=0.995, gae_lambda=0.98, norm_obs=False),
+                        cg_damping=1e-3, gae_lambda=0.98, norm_obs=False),
     "Pendulum-v1": dict(total_timesteps=200_000, num_steps=128, num_minibatches=8, max_kl=0.02,
                         update_epochs=20, gamma=0.95, norm_obs=False),
     "HalfCheetah-v5": MUJOCO | dict(max_kl=0.04, anneal=False),
