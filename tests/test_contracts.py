@@ -312,7 +312,7 @@ def test_training_and_evaluation_meet_other_episodes_and_so_do_other_seeds(
         module.evaluate(agent, args, 20)
     assert all(phases) and len(phases) == 6
     for a, b in itertools.combinations(phases, 2):
-        assert not a & b
+        assert not a & b - {None}  # which is no new seed
 
 
 def process_state():
