@@ -212,11 +212,11 @@ def train(args, resume=""):
         args.buffer_size, args.num_envs, envs.obs_space, envs.action_space, device)
     # Each process has its own buffer. A checkpoint holds the first one's, and all resume from it.
     run = Run(args, envs, resume, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
-    noise = torch.zeros(args.num_envs, len(agent.low), device=device)
+    noise = torch.zeros(args.num_envs, len(agent.low), device=device)  # only its shape counts
 
     def explore(obs):
         """The actions mu(obs) + noise."""
-        return agent.act(obs, noise=noise.normal_(std=args.sigma))                          # (5)
+        return agent.act(obs, noise=args.sigma * torch.randn_like(noise))                   # (5)
 
     def update(obs, actions, next_obs, rewards, terminations):
         """One Adam step on a batch (B, ...), then (4); return (loss, mean of Q)."""

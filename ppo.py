@@ -159,7 +159,7 @@ class Agent(nn.Module):
         self.actor, self.critic = mlp(*sizes, outputs), mlp(*sizes, 1)
         for p in self.parameters():
             nn.init.orthogonal_(p, math.sqrt(2)) if p.dim() > 1 else nn.init.zeros_(p)
-        for last in self.actor[-1], self.critic[-1]:  # at first, neither pi nor V depends on obs
+        for last in self.actor[-1], self.critic[-1]:  # at first, pi and V hardly depend on obs
             nn.init.orthogonal_(last.weight, 0.01)
         self.return_norm = RunningNorm(())
         self.beta = nn.Buffer(torch.ones(()))  # of (5), kept in checkpoints

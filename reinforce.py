@@ -255,7 +255,7 @@ def train(args, resume=""):
         obs, actions, next_obs, rewards, terminations, dones, first_episode = [
             torch.stack(x) for x in zip(*rollout)]  # each (T, N, ...)
         firsts = {episode[0]: episode for episode in reversed(envs.episodes)}
-        envs.episodes = sorted(firsts.values())  # in order of their ends, long ones would be last
+        envs.episodes = sorted(firsts.values())  # by environment: by end, the last are the longest
         steps = torch.tensor(float(dones.numel()), device=device)
         all_reduce_mean(steps)  # the length of the longest episode differs between processes
         run.step += round(steps.item() * WORLD_SIZE)
