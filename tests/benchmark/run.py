@@ -102,9 +102,10 @@ HORIZONS = [Row("mbrl_mpc", "Pendulum-v1", 4_000, seeds=range(1, 4),
 FRESH = [row._replace(seeds=range(6, 11)) for row in ROWS if (row.script, row.env) in {
     ("reinforce", "CartPole-v1"), ("reinforce", "InvertedPendulum-v5"), ("a2c", "Pendulum-v1"),
     ("a2c", "HalfCheetah-v5"), ("ppo", "Acrobot-v1"), ("ppo", "HalfCheetah-v5"),
-    ("trpo", "CartPole-v1"), ("trpo", "Hopper-v5"), ("dqn", "CartPole-v1"),
-    ("dqn", "MountainCar-v0"), ("dqn", "Acrobot-v1"), ("naf", "Pendulum-v1"),
-    ("cem_es", "CartPole-v1"), ("cem_es", "InvertedPendulum-v5"), ("cem_es", "Swimmer-v5")}]
+    ("trpo", "CartPole-v1"), ("trpo", "Hopper-v5"), ("trpo", "HalfCheetah-v5"),
+    ("dqn", "CartPole-v1"), ("dqn", "MountainCar-v0"), ("dqn", "Acrobot-v1"),
+    ("naf", "Pendulum-v1"), ("cem_es", "CartPole-v1"), ("cem_es", "InvertedPendulum-v5"),
+    ("cem_es", "Swimmer-v5")}]
 # What each option of a script is worth: one change at a time, with fewer steps than it needs.
 ABLATIONS = {
     script: [Row(script, "CartPole-v1", steps, flags=option) for option in options]
