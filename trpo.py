@@ -88,8 +88,7 @@ PRESETS = {  # settings that are known to work; keys may be patterns
     "Pendulum-v1": dict(total_timesteps=200_000, num_steps=128, num_minibatches=8, max_kl=0.02,
                         update_epochs=20, gamma=0.95, norm_obs=False),
     "HalfCheetah-v5": MUJOCO | dict(max_kl=0.04, log_std=-1, anneal=False),
-    # At gamma 0.99 some seeds learn gaits that fall.
-    "Hopper-v5": MUJOCO | dict(gamma=0.995),
+    "Hopper-v5": MUJOCO | dict(gamma=0.995),  # at 0.99 some seeds learn gaits that fall
     "Walker2d-v5": MUJOCO | dict(max_kl=0.02, log_std=-0.5, gamma=0.995),
     # At this gamma V keeps growing, and norm_returns would count that growth as spread.
     "Swimmer-v5": MUJOCO | dict(gamma=0.9999, anneal=False, norm_returns=False)}
