@@ -1,4 +1,5 @@
 """The benchmark's statistics, its records, and that the README shows what they say."""
+import csv
 import re
 import subprocess
 import sys
@@ -65,6 +66,15 @@ def test_the_tables_of_the_readme_are_what_the_records_say():
     for what, lines in tables.items():
         text = first if what == "ladder" else long
         assert re.search(f"<!-- {what} -->\n(.*?)\n<!-- end -->", text, re.DOTALL)[1] == lines
+
+
+def test_the_ladder_shows_the_speed_beside_stable_baselines3_and_not_beside_sbx():
+    ladder = dict(re.findall(r"^\| `(\w+).py` .*\| (\S*) ×? *\|$", benchmark.ladder(), re.M))
+    with open(TESTS / "benchmark/results/speed.csv") as file:
+        rows = list(csv.DictReader(file))
+    for peer in ("A2C", "TRPO", "DQN", "DDPG"):
+        (row,) = (row for row in rows if row["peer"] == peer)
+        assert ladder[peer.lower()] == f"{float(row['ratio']):.1f}"
 
 
 def test_a_record_of_an_earlier_version_is_marked_and_run_again(tmp_path):
