@@ -74,13 +74,12 @@ class Args:
         apply_settings(self, given)
 
 
-MUJOCO = dict(num_envs=16, num_steps=16, learning_rate=2e-3, gae_lambda=0.95, log_std=-0.5)
+GAE = dict(num_envs=16, num_steps=16, gae_lambda=0.95)
+MUJOCO = GAE | dict(learning_rate=2e-3, log_std=-0.5)
 PRESETS = {  # settings that are known to work; keys may be patterns
     "CartPole-v1": dict(total_timesteps=60_000, num_steps=16, learning_rate=3e-3, gae_lambda=0.95),
-    "Acrobot-v1": dict(total_timesteps=300_000, num_envs=16, num_steps=16, learning_rate=3e-3,
-                       gae_lambda=0.95),
-    "Pendulum-v1": dict(num_envs=16, num_steps=16, learning_rate=1.5e-3, gamma=0.95,
-                        gae_lambda=0.95, norm_obs=False),
+    "Acrobot-v1": GAE | dict(total_timesteps=300_000, learning_rate=3e-3),
+    "Pendulum-v1": GAE | dict(learning_rate=1.5e-3, gamma=0.95, norm_obs=False),
     "HalfCheetah-v5": MUJOCO, "InvertedDoublePendulum-v5": MUJOCO,
     "*ALE/*": dict(total_timesteps=10_000_000, num_envs=16, ent_coef=0.01)}
 ACTION_SPACES = "Discrete", "Box"
